@@ -1,0 +1,25 @@
+# make demo: the results table of the sample; make test: the tests.  VENV=DIR reuses an environment.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+demo: $(VENV)/.installed
+	$(BIN)/python reproduce.py --recipe recipes/sample.toml --out runs/sample
+
+test: $(VENV)/.installed-tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest -m slow
+
+$(VENV)/.installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	touch $@
+
+.PHONY: demo test test-slow

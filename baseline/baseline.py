@@ -1,0 +1,58 @@
+"""The supervised classifier, as a method: the baseline from scratch, and fine-tuning."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data.views import ViewConfig
+from training.method import Method, option
+
+
+class Baseline(Method):
+    """Encoder and linear head trained together on labelled images, with cross-entropy."""
+
+    name = "baseline"
+    uses_labels = True
+
+    @dataclass
+    class Config:
+        """[baseline]: augmentation and regularisation of the labelled training."""
+
+        area: list[float] = option([0.5, 1.0], "area fraction of the crops", low=0.01, high=1)
+        flip_p: float = option(0.5, "probability of a mirror image", low=0, high=1)
+        jitter: float = option(0.0, "strength of brightness and contrast jitter", low=0, high=1)
+        label_smoothing: float = option(0.0, "cross-entropy's label smoothing", low=0, high=0.9)
+
+    def __init__(self, encoder: nn.Module, config: Config, classes: int) -> None:
+        super().__init__(encoder, config)
+        self.head = nn.Linear(encoder.feature_size, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.views = (ViewConfig.supervised(config.area, config.flip_p, config.jitter),)
+
+    def forward(self, view: Tensor) -> dict[str, Tensor]:
+        representation = self.encoder(view)
+        return {"representation": representation[None], "logits": self.head(representation)}
+
+    def loss(self, outputs, labels):
+        logits = outputs["logits"]
+        loss = nn.functional.cross_entropy(
+            logits, labels, label_smoothing=self.config.label_smoothing
+        )
+        return loss, {"train_top1": 100 * (logits.argmax(1) == labels).float().mean()}
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits for normalised images, (B, 3, H, W) -> (B, classes)."""
+        return self.head(self.encoder(images).float())
+
+
+class Finetune(Baseline):
+    """The same training, from a pretrained encoder."""
+
+    name = "finetune"
+
+    @dataclass
+    class Config(Baseline.Config):
+        """[finetune]: augmentation and regularisation of the labelled training."""

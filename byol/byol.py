@@ -1,0 +1,84 @@
+"""BYOL, Bootstrap Your Own Latent (arXiv 2006.07733): networks, loss and moving target."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from byol.networks import mlp
+from training.method import Method, option
+
+
+def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """2 - 2 cos(prediction, target) for each image: (B, D), (B, D) -> (B,), in 0..4 (eq. 2)."""
+    return 2 - 2 * (normalize(prediction) * normalize(target)).sum(dim=-1)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """x / sqrt(max(sum x^2, 1e-12)) along the last dimension, as in the authors' code."""
+    return x * x.square().sum(dim=-1, keepdim=True).clamp(min=1e-12).rsqrt()
+
+
+def target_decay(base_tau: float, progress: float) -> float:
+    """tau_k = 1 - (1 - base_tau)(cos(pi k/K) + 1)/2, from base_tau towards 1 (Sec. 3.3)."""
+    return 1 - (1 - base_tau) * (math.cos(math.pi * progress) + 1) / 2
+
+
+class BYOL(Method):
+    """An online network learns to predict what its own moving average makes of another view."""
+
+    name = "byol"
+
+    @dataclass
+    class Config:
+        """[byol]: heads and moving target."""
+
+        base_tau: float = option(0.99, "EMA decay of the target at the first step", low=0, high=1)
+        tau_schedule: str = option(
+            "cosine", "decay over the run: to 1, or as it is", choices=("cosine", "constant")
+        )
+        hidden: int = option(4096, "hidden size of projector and predictor", low=1)
+        projection: int = option(256, "output size of projector and predictor", low=1)
+
+    def __init__(self, encoder: nn.Module, config: Config) -> None:
+        super().__init__(encoder, config)
+        self.projector = mlp(encoder.feature_size, config.hidden, config.projection)
+        self.predictor = mlp(config.projection, config.hidden, config.projection)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> dict[str, Tensor]:
+        """Online and target network on each view by itself: batch statistics are per view."""
+        views = (view1, view2)
+        representation = [self.encoder(view) for view in views]
+        projection = [self.projector(y) for y in representation]
+        prediction = [self.predictor(z) for z in projection]
+        with torch.no_grad():  # the target learns by moving average only
+            target = [self.target_projector(self.target_encoder(view)) for view in views]
+        return {
+            "representation": torch.stack(representation),
+            "projection": torch.stack(projection),
+            "prediction": torch.stack(prediction),
+            "target": torch.stack(target),
+        }
+
+    def loss(self, outputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over the batch of the SUM of both directions: 0..8, about 4 at random (Sec. 3.1)."""
+        (q1, q2), (z1, z2) = outputs["prediction"], outputs["target"].detach()
+        return (regression_loss(q1, z2) + regression_loss(q2, z1)).mean(), {}
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> dict[str, float]:
+        """target <- tau target + (1 - tau) online: parameters only (eq. 1).
+
+        The target's batch-norm buffers are its own, from its own forward passes.
+        """
+        tau = self.config.base_tau
+        if self.config.tau_schedule == "cosine":
+            tau = target_decay(tau, progress)
+        online = [*self.encoder.parameters(), *self.projector.parameters()]
+        target = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
+        torch._foreach_lerp_(target, online, 1 - tau)
+        return {"tau": tau}

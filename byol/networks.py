@@ -1,0 +1,70 @@
+"""The networks: a torchvision ResNet as the encoder, and the MLP of projector and predictor."""
+
+from torch import nn
+from torchvision.models import resnet
+
+ARCHS = {
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+}
+# kernel, stride and padding of the first convolution, and whether torchvision's max-pool follows
+STEMS = {
+    "imagenet": (7, 2, 3, True),
+    "stl": (3, 1, 1, True),
+    "cifar": (3, 1, 1, False),
+    "small": (3, 2, 1, False),
+}
+
+
+class Encoder(resnet.ResNet):
+    """torchvision's ResNet (v1) without its last layer: (B, 3, H, W) -> (B, feature_size).
+
+    Parameter names, and the convolutions' initialisation, are torchvision's.  `width` multiplies
+    all channel counts; `zero_init` starts the last batch-norm scale of each block at 0.
+    """
+
+    def __init__(
+        self, arch: str = "resnet18", stem: str = "imagenet", width: float = 1.0, zero_init=False
+    ) -> None:
+        block, layers = ARCHS[arch]
+        self.channels = max(1, round(64 * width))
+        super().__init__(block, layers, zero_init_residual=zero_init)
+        kernel, stride, padding, pool = STEMS[stem]
+        self.conv1 = nn.Conv2d(3, self.channels, kernel, stride, padding, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = nn.BatchNorm2d(self.channels)
+        if not pool:
+            self.maxpool = nn.Identity()
+        self.feature_size = 8 * self.channels * block.expansion
+        self.fc = nn.Identity()
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        # torchvision fixes 64, 128, 256, 512 here; scaling them is all that `width` needs.
+        if planes == 64:
+            self.inplanes = self.channels
+        return super()._make_layer(block, planes * self.channels // 64, blocks, stride, dilate)
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Linear - BatchNorm - ReLU - Linear without bias: projector and predictor (Sec. 3.3).
+
+    The output is not normalised.  Weights start as in the authors' code (haiku's default): normal
+    with scale 1/sqrt(fan_in), cut at two of them, which leaves 0.88 of it as standard deviation.
+    """
+    layers = nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.BatchNorm1d(hidden, eps=1e-5, momentum=0.1),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, outputs, bias=False),
+    )
+    for layer in (layers[0], layers[3]):
+        scale = layer.in_features**-0.5
+        nn.init.trunc_normal_(layer.weight, std=scale, a=-2 * scale, b=2 * scale)
+    nn.init.zeros_(layers[0].bias)
+    return layers
+
+
+def parameter_count(module: nn.Module) -> int:
+    """The number of trained scalars."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

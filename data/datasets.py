@@ -1,0 +1,145 @@
+"""The data sets by name, and which of their images are used for what."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.images import Images
+from training.config import UserError, option
+
+NAMES = ("stl10", "cifar10", "folder", "sample")
+
+
+@dataclass
+class DataConfig:
+    """[data]: images, their sizes, and which labels may be used."""
+
+    dataset: str = option("stl10", "data set", choices=NAMES)
+    data_root: str = option("datasets", "folder of the data (folder: DIR with train/, test/)",
+                            trajectory=False)  # fmt: skip
+    download: bool = option(False, "fetch stl10 or cifar10 when missing", trajectory=False)
+    pretrain_on: str = option(
+        "train+unlabelled", "images for pretraining", choices=("train+unlabelled", "unlabelled")
+    )
+    crop_size: int = option(96, "side of the views, pixels", low=8)
+    store_size: int = option(160, "folder: side that images are packed at, pixels", low=8)
+    eval_size: int = option(
+        0,
+        "evaluation: short side resized to this (0: the full frame up to 96, else 8/7 crop)",
+        low=0,
+    )
+    strict: bool = option(False, "folder: refuse unreadable images", trajectory=False)
+    labels: int = option(0, "labelled images used (0: all)", low=0)
+    draw: int = option(0, "which random draw of them; draws are nested in --labels", low=0)
+    fold: int = option(-1, "one of STL-10's ten predefined folds (-1: none)", low=-1, high=9)
+    evaluate_on: str = option(
+        "test", "validation: the labelled images outside the draw", choices=("test", "validation")
+    )
+
+
+@dataclass
+class Dataset:
+    """What a data set offers; labels are int64, 0-based; any part but the first may be absent."""
+
+    train: Images | None  # labelled
+    train_labels: np.ndarray | None
+    unlabelled: Images | None
+    test: Images | None
+    test_labels: np.ndarray | None
+    class_names: list[str]
+    folds: list[np.ndarray] | None = None
+
+    def pretraining(self, pretrain_on: str) -> tuple[Images, np.ndarray]:
+        """Images to pretrain on, and their labels, -1 where there are none."""
+        if self.unlabelled is None:
+            if pretrain_on == "unlabelled":
+                raise UserError("--pretrain-on unlabelled: this data set has no unlabelled images")
+            return self.train, self.train_labels
+        unknown = np.full(len(self.unlabelled), -1)
+        if pretrain_on == "unlabelled" or self.train is None:
+            return self.unlabelled, unknown
+        train, unlabelled = self.train, self.unlabelled
+        parts = Images(train.parts + unlabelled.parts, train.column_major)
+        return parts, np.concatenate([self.train_labels, unknown])
+
+    def evaluation(self, data: DataConfig) -> "Split":
+        """The labelled images that may be used and those that are measured on."""
+        if self.train is None or self.test is None:
+            raise UserError("this data set has no labelled train and test images: "
+                            "--data-root needs train/CLASS/* and test/CLASS/*")  # fmt: skip
+        if data.fold >= 0:
+            if self.folds is None or data.labels:
+                raise UserError(f"--fold {data.fold}: for stl10 only, and not with --labels")
+            chosen = self.folds[data.fold]
+        else:
+            chosen = label_draw(self.train_labels, data.labels, data.draw)
+        train = chosen, self.train.subset(chosen), self.train_labels[chosen]
+        if data.evaluate_on == "test":
+            return Split(*train, None, self.test, self.test_labels)
+        rest = np.setdiff1d(np.arange(len(self.train)), chosen)
+        if not len(rest):
+            raise UserError("--evaluate-on validation: --labels leaves no labelled image over")
+        return Split(*train, rest, self.train.subset(rest), self.train_labels[rest])
+
+
+@dataclass
+class Split:
+    """Images and labels to learn from, and to measure on.
+
+    The indices tell which of the labelled train images they are; test_index is None where the
+    test images are measured on.
+    """
+
+    train_index: np.ndarray
+    train: Images
+    train_labels: np.ndarray
+    test_index: np.ndarray | None
+    test: Images
+    test_labels: np.ndarray
+
+
+def label_draw(labels: np.ndarray, count: int, draw: int) -> np.ndarray:
+    """Sorted indices of `count` labels, equally many of each class; draws are nested in count.
+
+    count   0 for all; must be a multiple of the number of classes and at most what there is
+    """
+    if count == 0:
+        return np.arange(len(labels))
+    classes = np.unique(labels)
+    each = count // len(classes)
+    least = min(np.sum(labels == c) for c in classes)
+    if count % len(classes) or each > least:
+        raise UserError(f"--labels {count}: must be a multiple of {len(classes)} classes, and at "
+                        f"most {least * len(classes)} (the smallest class has {least})")  # fmt: skip
+    rng = np.random.default_rng(np.random.SeedSequence([draw, 0x1ABE1]))
+    chosen = [rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]
+    return np.sort(np.concatenate(chosen))
+
+
+def prepare(data: DataConfig) -> None:
+    """Download and pack what is missing, under a lock, before any process group exists."""
+    _module(data.dataset).prepare(Path(data.data_root), data)
+
+
+def load(data: DataConfig) -> Dataset:
+    """Open the data set; sizes and labels are checked, pixels stay on the disk."""
+    return _module(data.dataset).load(Path(data.data_root), data)
+
+
+def _module(name: str):
+    import importlib
+
+    return importlib.import_module(f"data.{name}")
+
+
+def evaluation_sizes(data: DataConfig, store: tuple[int, int]) -> tuple[int, int]:
+    """Short side and centre crop for `frame`; (0, 0) is the full frame as stored."""
+    if data.eval_size:
+        if data.eval_size < data.crop_size:
+            raise UserError(f"--eval-size {data.eval_size}: must be at least --crop-size "
+                            f"{data.crop_size}")  # fmt: skip
+        return data.eval_size, data.crop_size
+    if max(store) <= 96:
+        return 0, 0
+    return round(data.crop_size * 8 / 7), data.crop_size

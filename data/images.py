@@ -1,0 +1,61 @@
+"""Images as uint8 behind `gather`, over one or several arrays that may be memory-mapped."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Images:
+    """N images of one size, RGB or grey, read by index.
+
+    parts          arrays (n, C, H, W) of uint8 with C = 1 or 3, laid end to end
+    column_major   the arrays are (n, C, W, H) instead, as STL-10's files are
+    index          which of the images, in which order; None for all
+    """
+
+    def __init__(self, parts: list[np.ndarray], column_major=False, index=None) -> None:
+        self.parts, self.column_major, self.index = parts, column_major, index
+        self.offsets = np.cumsum([0] + [len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1]) if self.index is None else len(self.index)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.parts[0].shape[2:]
+        return (width, height) if self.column_major else (height, width)
+
+    def gather(self, indices: np.ndarray) -> Tensor:
+        """The images at `indices`: (B, 3, H, W) uint8; grey ones have their channel three times."""
+        if self.index is not None:
+            indices = self.index[indices]
+        if len(self.parts) == 1:
+            pixels = self.parts[0][indices]
+        else:
+            pixels = np.empty((len(indices), *self.parts[0].shape[1:]), np.uint8)
+            for part, start, stop in zip(self.parts, self.offsets, self.offsets[1:], strict=False):
+                inside = (indices >= start) & (indices < stop)
+                pixels[inside] = part[indices[inside] - start]
+        images = torch.from_numpy(np.ascontiguousarray(pixels))
+        if self.column_major:
+            images = images.transpose(2, 3)
+        return images.expand(-1, 3, -1, -1)
+
+    def subset(self, index: np.ndarray) -> "Images":
+        """The images at `index` as a set of their own; nothing is copied."""
+        index = np.asarray(index)
+        index = index if self.index is None else self.index[index]
+        return Images(self.parts, self.column_major, index)
+
+    def statistics(self, most: int = 1000) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel in 0..1, over `most` evenly spaced images."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64))
+        pixels = self.gather(chosen).transpose(0, 1).reshape(3, -1)
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean, std = [], []
+        for channel in pixels:  # from the histogram: exact, and no copy in float
+            share = torch.bincount(channel.int(), minlength=256).double() / channel.numel()
+            mean.append(float((share * values).sum()))
+            std.append(max(float((share * (values - mean[-1]) ** 2).sum() ** 0.5), 1e-3))
+        return mean, std

@@ -1,0 +1,102 @@
+"""The loader: a pure function of the step index, without worker processes.
+
+An epoch's order comes from (seed, epoch).  Step k takes a contiguous block of the GLOBAL batch of
+it, micro-batches are contiguous blocks of that, a rank takes its slice inside each.  The views'
+random numbers of step k are drawn for the global batch from (seed, stream, k).  So the images and
+pixels are the same for any number of processes, and a resume needs the step alone.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.images import Images
+from data.views import ViewConfig, apply, draw, normalise
+from training.config import UserError
+
+ORDER, VIEWS = 1, 2  # streams of random numbers
+
+
+def generator(seed: int, stream: int, step: int) -> np.random.Generator:
+    """SeedSequence mixes the three, where a sum would make seeds and steps collide."""
+    return np.random.default_rng(np.random.SeedSequence([seed, stream, step]))
+
+
+@dataclass
+class Loader:
+    """Micro-batches of views for each step.
+
+    images, labels   what to train on; labels may be None
+    views            one ViewConfig for each view; crop_size where they name no size
+    batch_size       GLOBAL, cut into `accumulate` micro-batches, each over `world_size` ranks
+    mean, std        three floats each
+    """
+
+    images: Images
+    labels: np.ndarray | None
+    views: tuple[ViewConfig, ...]
+    crop_size: int
+    batch_size: int
+    mean: list[float]
+    std: list[float]
+    seed: int = 0
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        parts = self.accumulate * self.world_size
+        if self.batch_size > len(self.images):
+            raise UserError(
+                f"--batch-size {self.batch_size} is larger than the {len(self.images)} training images"
+            )
+        if self.batch_size % parts or self.batch_size // parts < 2:
+            raise UserError(
+                f"--batch-size {self.batch_size}: must give each of {self.world_size} processes x "
+                f"{self.accumulate} micro-batches the same number of images, at least 2"
+            )
+        self.steps_per_epoch = len(self.images) // self.batch_size
+        self._order = (-1, None)
+        as_tensor = dict(dtype=self.dtype, device=self.device)
+        self._mean, self._std = (torch.tensor(v, **as_tensor) for v in (self.mean, self.std))
+
+    def indices(self, step: int) -> np.ndarray:
+        """The images of the global batch of a step, (batch_size,)."""
+        epoch, block = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, generator(self.seed, ORDER, epoch).permutation(len(self.images)))
+        return self._order[1][block * self.batch_size : (block + 1) * self.batch_size]
+
+    def batches(self, step: int):
+        """Yield (views, labels) of this rank for each micro-batch; views is a tuple of tensors."""
+        indices = self.indices(step)
+        rng = generator(self.seed, VIEWS, step)
+        height, width = self.images.shape
+        drawn = [draw(view, self.batch_size, height, width, rng) for view in self.views]
+        micro = self.batch_size // self.accumulate
+        share = micro // self.world_size
+        for first in range(self.rank * share, self.batch_size, micro):
+            mine = slice(first, first + share)
+            pixels = self.images.gather(indices[mine]).to(self.device, non_blocking=True)
+            parameters = [{k: v[mine] for k, v in d.items()} for d in drawn]
+            yield self._views(pixels, parameters), self._labels(indices[mine])
+
+    @torch.no_grad()
+    def _views(self, pixels: Tensor, parameters: list[dict]) -> tuple[Tensor, ...]:
+        return tuple(
+            normalise(
+                apply(pixels, view, drawn, view.size or self.crop_size, self.dtype),
+                self._mean,
+                self._std,
+            )
+            for view, drawn in zip(self.views, parameters, strict=True)
+        )
+
+    def _labels(self, indices: np.ndarray) -> Tensor | None:
+        if self.labels is None:
+            return None
+        return torch.from_numpy(self.labels[indices]).to(self.device, non_blocking=True)

@@ -1,0 +1,61 @@
+"""Frozen features: the encoder in eval mode on the evaluation geometry, in float32."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.images import Images
+from data.views import frame
+from training.distributed import sum_over_ranks
+
+
+@torch.no_grad()
+def extract(
+    encoder: nn.Module,
+    images: Images,
+    mean: list[float],
+    std: list[float],
+    sizes: tuple[int, int] = (0, 0),
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 256,
+) -> Tensor:
+    """The encoder's output for every image, in order: (N, feature_size) float32, on the CPU.
+
+    sizes   short side and centre crop, see `frame`
+    Each rank computes blocks of its own; the sum puts them together without padding.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    mean_, std_ = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
+    features = None
+    for block in range(rank, -(-len(images) // batch_size), world_size):
+        rows = np.arange(block * batch_size, min((block + 1) * batch_size, len(images)))
+        x = frame(images.gather(rows).to(device), *sizes)
+        x = ((x - mean_) / std_).contiguous(memory_format=torch.channels_last)
+        y = encoder(x).float()
+        if features is None:
+            features = torch.zeros(len(images), y.shape[1], device=device)
+        features[rows[0] : rows[-1] + 1] = y
+    if features is None:  # more ranks than blocks
+        features = torch.zeros(len(images), encoder.feature_size, device=device)
+    encoder.train(was_training)
+    return sum_over_ranks(features).cpu()
+
+
+def pixels(images: Images, side: int = 32) -> Tensor:
+    """The raw-pixel control: values in 0..1 at most `side` pixels high, (N, 3 * h * w).
+
+    Equal channels (grey images) are taken once.
+    """
+    height = images.shape[0]
+    blocks = []
+    for first in range(0, len(images), 1024):
+        rows = np.arange(first, min(first + 1024, len(images)))
+        blocks.append(frame(images.gather(rows), min(side, height), 0))
+    x = torch.cat(blocks)
+    if torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2]):
+        x = x[:, :1]
+    return x.flatten(1)

@@ -1,0 +1,69 @@
+"""k-nearest-neighbour accuracy on frozen features."""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.images import Images
+from eval.features import extract
+
+
+def knn_top1(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    block: int = 512,
+) -> float:
+    """Top-1 in percent of the cosine k-NN whose neighbours vote with exp(cos / temperature).
+
+    bank (N, D), queries (M, D) and their int64 labels.  As in Wu et al. (arXiv 1805.01978,
+    Sec. 3.4).  k is at most N; work goes in blocks of queries.
+    """
+    bank = torch.nn.functional.normalize(bank, dim=1)
+    queries = torch.nn.functional.normalize(queries, dim=1)
+    classes = int(max(bank_labels.max(), labels.max())) + 1
+    k, right = min(k, len(bank)), 0
+    for rows, truth in zip(queries.split(block), labels.split(block), strict=True):
+        cosine, index = (rows @ bank.T).topk(k, dim=1)
+        votes = torch.zeros(len(rows), classes)
+        votes.scatter_add_(1, bank_labels[index], (cosine / temperature).exp())
+        right += int((votes.argmax(1) == truth).sum())
+    return 100 * right / len(queries)
+
+
+class HeldOutKNN:
+    """The k-NN figure shown during pretraining: on labelled TRAIN images held out of its bank.
+
+    Never test images, so that watching it selects nothing on them.  A fifth of the images (2,000
+    at most) are queries, the others (20,000 at most) the bank; without labels it is never due.
+
+    how   mean, std and sizes as `extract` takes them
+    """
+
+    def __init__(self, images: Images | None, labels, every: int, how: tuple, seed=0) -> None:
+        self.every = every if images is not None else 0
+        self.how, self.seconds = how, 0.0
+        if self.every:
+            order = np.random.default_rng(seed).permutation(len(images))
+            self.queries = max(1, min(len(images) // 5, 2000))
+            order = order[: self.queries + 20000]
+            self.images, self.labels = images.subset(order), torch.from_numpy(labels[order])
+
+    def due(self, step) -> bool:
+        """Every `every` steps and at the end."""
+        return bool(self.every) and (step.last or (step.index + 1) % self.every == 0)
+
+    def top1(self, encoder, processes) -> float:
+        """The figure in percent, the same on all ranks; `seconds` then tells what it took."""
+        begun, n = time.perf_counter(), self.queries
+        features = extract(encoder, self.images, *self.how, device=processes.device,
+                           rank=processes.rank, world_size=processes.world_size)  # fmt: skip
+        top1 = knn_top1(features[n:], self.labels[n:], features[:n], self.labels[:n])
+        self.seconds = time.perf_counter() - begun
+        return top1

@@ -1,0 +1,203 @@
+"""The results table: cells, rows with spread, claims as paired differences, text and picture."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+# 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+        2.052, 2.048, 2.045, 2.042)  # fmt: skip
+
+# Named before any figure was seen; printed whatever their sign.
+CLAIMS = (
+    ("{m}-finetune", "baseline", "what pretraining gives a network trained on the same labels"),
+    ("{m}-linear", "random-encoder", "what the features are worth beyond the architecture"),
+    ("{m}-linear", "raw-pixels", "what the features are worth beyond the pixels"),
+)
+KEY = ("name", "init", "labels", "draw", "seed")
+
+
+class Cells:
+    """One measured figure a line in cells.jsonl, so that an interrupted run goes on.
+
+    A cell is {name, init, labels, draw, seed, top1, seconds, protocol, test_images}.
+    """
+
+    def __init__(self, path: Path, write: bool) -> None:
+        self.path, self.write, self.cells = path, write, {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                cell = json.loads(line)
+            except json.JSONDecodeError:  # cut short by a crash: measured again
+                continue
+            self.cells[tuple(cell[k] for k in KEY)] = cell
+
+    def __contains__(self, key: tuple) -> bool:
+        return key in self.cells
+
+    def add(self, key: tuple, **values) -> dict:
+        """Keep a cell, in memory and on the disk."""
+        cell = dict(zip(KEY, key, strict=True)) | values
+        self.cells[key] = cell
+        if self.write:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(cell) + "\n")
+        return cell
+
+    def matrix(self, name: str, init: str, labels: int) -> np.ndarray:
+        """Top-1 of one row and budget: (seeds, draws); a row without seeds has one."""
+        found = {(c["seed"], c["draw"]): c["top1"] for c in self.cells.values()
+                 if (c["name"], c["init"], c["labels"]) == (name, init, labels)}  # fmt: skip
+        seeds, draws = sorted({s for s, _ in found}), sorted({d for _, d in found})
+        return np.array([[found.get((s, d), np.nan) for d in draws] for s in seeds])
+
+    def rows(self) -> list[dict]:
+        """Each row and budget: mean over seeds and draws, std over draws of the seeds' mean."""
+        table, done = [], set()
+        for cell in self.cells.values():
+            key = tuple(cell[k] for k in KEY[:3])
+            if key in done:
+                continue
+            done.add(key)
+            values = self.matrix(*key)
+            same = [c for c in self.cells.values() if tuple(c[k] for k in KEY[:3]) == key]
+            per_draw = values.mean(0)
+            table.append({
+                **dict(zip(KEY, key, strict=False)), "protocol": cell["protocol"],
+                "top1_mean": round(float(per_draw.mean()), 3),
+                "top1_std": round(float(per_draw.std(ddof=1)), 3) if len(per_draw) > 1 else None,
+                "draws": values.shape[1], "pretrain_seeds": values.shape[0],
+                "test_images": cell["test_images"],
+                "seconds": round(float(np.mean([c["seconds"] for c in same])), 2),
+            })  # fmt: skip
+        return table
+
+    def claims(self, method: str) -> list[dict]:
+        """The claims as paired differences over the draws (and seeds) that both rows have."""
+        found = []
+        inits = sorted({c["init"] for c in self.cells.values() if c["name"].startswith(method)})
+        for init in inits:
+            for labels in sorted({c["labels"] for c in self.cells.values()}):
+                for ours, control, meaning in CLAIMS:
+                    ours = ours.format(m=method)
+                    # controls without a start of their own stand for every init
+                    theirs = self.matrix(control, init, labels)
+                    theirs = theirs if theirs.size else self.matrix(control, "none", labels)
+                    a = self.matrix(ours, init, labels)
+                    if not (a.size and theirs.size):
+                        continue
+                    draws = min(a.shape[1], theirs.shape[1])
+                    a, b = a[:, :draws], theirs[:, :draws]
+                    difference = a - (b if len(a) == len(b) else b.mean(0, keepdims=True))
+                    mean, half = paired_interval(difference)
+                    found.append({
+                        "claim": f"{ours} - {control}", "meaning": meaning, "init": init,
+                        "labels": labels, "difference": round(mean, 3),
+                        "interval": None if half is None else
+                        [round(mean - half, 3), round(mean + half, 3)],
+                        "draws": draws, "pretrain_seeds": len(a),
+                    })  # fmt: skip
+        return found
+
+
+def paired_interval(difference: np.ndarray) -> tuple[float, float | None]:
+    """Mean and half width of the 95 % interval of paired differences (seeds, draws).
+
+    Draws and pretraining seeds are both random: their variances of the mean add, with Student's t
+    at Satterthwaite's degrees of freedom.  With one seed only the draws' is known; with one draw
+    and one seed there is no interval.
+    """
+    parts = []
+    for axis in (0, 1):
+        means = difference.mean(axis)
+        if len(means) > 1:
+            parts.append((means.var(ddof=1) / len(means), len(means) - 1))
+    if not parts:
+        return float(difference.mean()), None
+    variance = sum(v for v, _ in parts)
+    if variance == 0:
+        return float(difference.mean()), 0.0
+    freedom = variance**2 / sum(v**2 / f for v, f in parts)
+    t = T975[max(1, min(30, math.floor(freedom))) - 1]
+    return float(difference.mean()), float(t * math.sqrt(variance))
+
+
+def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str]) -> str:
+    """The table as text: one line a row, one column a label budget."""
+    budgets = sorted({r["labels"] for r in rows})
+    lines = [f"# {title}", "", *notes, ""]
+    lines += ["| row | init | " + " | ".join(f"{b:,} labels" for b in budgets)
+              + " | draws x seeds | seconds | protocol |"]  # fmt: skip
+    lines += ["|---|---|" + "---|" * len(budgets) + "---|---|---|"]
+    for name, init in dict.fromkeys((r["name"], r["init"]) for r in rows):
+        mine = {r["labels"]: r for r in rows if (r["name"], r["init"]) == (name, init)}
+        first = next(iter(mine.values()))
+        figures = []
+        for budget in budgets:
+            r = mine.get(budget)
+            spread = "" if not r or r["top1_std"] is None else f" ± {r['top1_std']:.1f}"
+            figures.append(f"{r['top1_mean']:.1f}{spread}" if r else "")
+        lines.append(f"| {name} | {init} | " + " | ".join(figures) + f" | {first['draws']} x "
+                     f"{first['pretrain_seeds']} | {first['seconds']:.1f} | {first['protocol']} |")  # fmt: skip
+    lines += ["", "Top-1 in percent, mean ± standard deviation over label draws.", ""]
+    lines += ["| claim, named beforehand | init | labels | difference | 95 % interval | holds |",
+              "|---|---|---|---|---|---|"]  # fmt: skip
+    for c in claims:
+        interval = c["interval"]
+        text = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "one draw: none"
+        holds = "not shown" if not interval else "yes" if interval[0] > 0 else (
+            "no, the opposite" if interval[1] < 0 else "not shown")  # fmt: skip
+        lines.append(f"| {c['claim']} ({c['meaning']}) | {c['init']} | {c['labels']:,} | "
+                     f"{c['difference']:+.2f} | {text} | {holds} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[dict], path: Path, title: str) -> None:
+    """Accuracy against labels with error bars, all rows, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    names = list(dict.fromkeys((r["name"], r["init"]) for r in rows))
+    several = len({init for _, init in names if init != "none"}) > 1
+    ends = []
+    for i, (name, init) in enumerate(names):
+        mine = sorted((r for r in rows if (r["name"], r["init"]) == (name, init)),
+                      key=lambda r: r["labels"])  # fmt: skip
+        # a small sideways shift keeps error bars apart
+        x = [r["labels"] * 1.015 ** (i - len(names) / 2) for r in mine]
+        y, error = [r["top1_mean"] for r in mine], [r["top1_std"] or 0 for r in mine]
+        label = f"{name} ({init})" if several and init != "none" else name
+        control = name in ("raw-pixels", "random-encoder", "imagenet-features", "baseline")
+        line = axes.errorbar(x, y, error, capsize=3, marker="o", ms=4, lw=1.6, color=f"C{i}",
+                             ls="--" if control else "-")  # fmt: skip
+        ends.append([y[-1], x[-1], label, line[0].get_color()])
+    _spread(ends, gap=(axes.get_ylim()[1] - axes.get_ylim()[0]) / 22)
+    right = max(r["labels"] for r in rows)
+    for y, _, label, colour in ends:
+        axes.annotate(label, (right * 1.12, y), color=colour, va="center", fontsize=9,
+                      annotation_clip=False)  # fmt: skip
+    axes.set_xscale("log")
+    budgets = sorted({r["labels"] for r in rows})
+    axes.set_xticks(budgets, [f"{b:,}" for b in budgets])
+    axes.minorticks_off()
+    axes.set_xlim(right=right * (1.9 if len(budgets) == 1 else (right / budgets[0]) ** 0.45 * 1.1))
+    axes.set_xlabel("labelled images")
+    axes.set_ylabel("top-1, %")
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=144)
+    plt.close(figure)
+
+
+def _spread(ends: list[list], gap: float) -> None:
+    """Move labels that stand at the line ends apart, upwards from the lowest."""
+    ends.sort()
+    for below, above in zip(ends, ends[1:], strict=False):
+        above[0] = max(above[0], below[0] + gap)

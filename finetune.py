@@ -1,0 +1,56 @@
+"""Train encoder and classifier together on the labelled images, from a pretrained encoder.
+
+python finetune.py --ckpt runs/byol-sample --labels 100
+"""
+
+from baseline.baseline import Finetune
+from byol.networks import Encoder
+from data import datasets
+from train_baseline import DEFAULTS, HIDE, train
+from training import distributed
+from training.command import execute
+from training.config import EncoderConfig, OptimConfig, RunConfig, read_config
+from training.weights import load_weights, read_weights
+
+
+def configure(argv: list[str]):
+    """The settings of a fine-tuning run; data set, sizes and encoder come from --ckpt."""
+    sections = {"data": datasets.DataConfig, "encoder": EncoderConfig, "optim": OptimConfig,
+                "run": RunConfig, "finetune": Finetune.Config}  # fmt: skip
+    found = {}
+
+    def inherit(given) -> dict:
+        found["weights"] = read_weights(given.ckpt)
+        return found["weights"].tables()
+
+    config = read_config(
+        argv, sections, own="finetune", defaults=DEFAULTS, inherit=inherit, description=__doc__,
+        extra=(CKPT,), hide=(*HIDE, "init"),
+    )  # fmt: skip
+    config.weights = found["weights"]
+    config.run.out = config.run.out or config.weights.beside("finetune", config.data)
+    return config
+
+
+CKPT = (("--ckpt",), dict(required=True, metavar="RUN",
+        help="run folder, checkpoint or encoder.pt (a bare state dict needs --arch, --stem, --width)"))  # fmt: skip
+
+
+def run(config, processes: distributed.Processes) -> dict:
+    """Fine-tune the encoder of --ckpt; returns what result.json holds."""
+    data = datasets.load(config.data)
+    split = data.evaluation(config.data)
+    e = config.encoder
+    encoder = Encoder(e.arch, e.stem, e.width)
+    load_weights(encoder, config.weights.state_dict, f"--ckpt {config.ckpt}")
+    mean, std = config.weights.normalisation(split.train)
+    return train(config, processes, Finetune, encoder, split, data.class_names, mean, std)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run from the command line."""
+    return execute(configure, run, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Checkpoints: the full training state, written so that a crash at any moment loses nothing.
+
+Each is `step-N.pt`, N the number of steps done, with its SHA-256 beside it.  It is written to a
+temporary name, flushed to the disk, renamed, and read back before an older one goes.
+"""
+
+import hashlib
+import io
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from training.config import UserError, differences
+
+SCHEMA = 1
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of `data` under its name, or nothing: a temporary file, flushed, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def save_file(path: Path, state: dict) -> str:
+    """Serialise `state` to `path`, whole or not at all; returns its SHA-256."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getbuffer()
+    write_atomically(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_file(path: Path, flag: str) -> dict:
+    """What `save_file` wrote, on the CPU; UserError for anything else.  Never runs pickled code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from None
+    except Exception as error:  # torch raises many kinds for bytes that are no checkpoint
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise UserError(f"{flag} {path}: not a checkpoint of this project ({reason})") from None
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run.
+
+    keep     how many of the newest stay
+    every    steps between saves; 0 for the last step only
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int = 2) -> None:
+        self.folder, self.every, self.keep = folder, every, keep
+
+    def due(self, step) -> bool:
+        """Whether the cadence, or the run's end, asks for one after this step."""
+        return step.last or (self.every > 0 and (step.index + 1) % self.every == 0)
+
+    def save(self, steps_done: int, state: dict) -> Path:
+        """Write one checkpoint, verify it, then remove all but the newest `keep`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{steps_done:08d}.pt"
+        digest = save_file(path, state | {"schema": SCHEMA, "step": steps_done})
+        write_atomically(path.with_suffix(".sha256"), f"{digest}  {path.name}\n".encode())
+        if reason := rejected(path):
+            raise UserError(f"{path}: written, but {reason}; is the disk failing?")
+        for old in self.list()[: -self.keep]:
+            old.unlink()
+            old.with_suffix(".sha256").unlink(missing_ok=True)
+        return path
+
+    def list(self) -> list[Path]:
+        """All checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def newest_valid(self) -> dict | None:
+        """The newest checkpoint that is whole; None where there was never one.
+
+        Each one passed over is named with the reason; UserError where all are bad.
+        """
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
+        found = self.list()
+        for path in reversed(found):
+            reason = rejected(path)
+            if not reason:
+                return load_file(path, "--resume")
+            print(f"warning: {path}: {reason}; trying the one before", file=sys.stderr)
+        if found:
+            names = ", ".join(p.name for p in found)
+            raise UserError(f"--resume: no valid checkpoint in {self.folder} ({names} are damaged)")
+        return None
+
+
+def rejected(path: Path) -> str:
+    """Why a checkpoint can't be trusted; empty where its checksum holds."""
+    try:
+        expected = path.with_suffix(".sha256").read_text().split()[0]
+    except (OSError, IndexError, UnicodeDecodeError):
+        return "its .sha256 file is missing or empty"
+    with open(path, "rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if actual == expected else "its checksum does not match"
+
+
+def training_state(method, optimizer, precision, config: dict, meta: dict) -> dict:
+    """All that a run needs to go on as if it had never stopped, and what an evaluation needs."""
+    return {
+        "kind": method.name,
+        "model": method.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": precision.state_dict(),
+        "config": config,
+        "meta": meta,
+    }
+
+
+def resume_state(checkpoints: Checkpoints, resume: str, config, method) -> dict | None:
+    """The checkpoint that --resume names, checked against the settings; None for a fresh start."""
+    if not resume:
+        return None
+    if resume == "auto":
+        state = checkpoints.newest_valid()
+    else:
+        path = Path(resume)
+        state = load_file(path, "--resume")
+        if reason := rejected(path):
+            raise UserError(f"--resume {path}: {reason}")
+    if state is None:
+        return None
+    if not isinstance(state, dict) or state.get("kind") != method.name:
+        raise UserError(f"--resume {resume}: not a checkpoint of {method.name}")
+    if changed := differences(config, state["config"]):
+        raise UserError("--resume: these settings differ from the run's: " + ", ".join(changed))
+    return state
+
+
+def restore(state: dict, method, optimizer, precision) -> int:
+    """Load a training state into its parts; returns the number of steps done."""
+    method.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    precision.load_state_dict(state["scaler"])
+    return state["step"]

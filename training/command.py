@@ -1,0 +1,62 @@
+"""The thin main of every script: settings, processes, run, and what the shell gets to see.
+
+Exit codes: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal (saved; --resume goes on).
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from data import datasets
+from training import distributed
+from training.config import UserError
+from training.distributed import Processes
+from training.run_folder import check_free
+from training.stopping import STOPPED, NonFinite
+
+
+def execute(
+    configure: Callable[[list[str]], object],
+    run: Callable[[object, Processes], dict],
+    argv: list[str] | None = None,
+) -> dict:
+    """Read the settings, start the processes, call `run(config, processes)`, return its result.
+
+    Wrong input is one line on stderr, before torchrun, data or a network are touched.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        config = configure(argv)
+        check_free(Path(config.run.out), bool(config.run.resume), config.run.overwrite)
+        distributed.relaunch_if_needed(config.run.gpus, config.run.device, argv)
+        datasets.prepare(config.data)
+        processes = distributed.start(
+            config.run.device, config.run.threads, config.run.dist_timeout, config.run.quiet
+        )
+        try:
+            result = run(config, processes)
+        except Exception:
+            sys.stdout.flush()
+            if processes.world_size > 1 and "--debug" not in argv:
+                _one_line(argv, sys.exc_info()[1])
+                os._exit(1)  # a barrier would wait for ranks that are somewhere else
+            raise
+        distributed.finish()
+    except (UserError, NonFinite) as error:
+        if "--debug" in argv:
+            raise
+        _one_line(argv, error)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    if result.get("stopped"):
+        raise SystemExit(STOPPED)
+    return result
+
+
+def _one_line(argv: list[str], error: BaseException) -> None:
+    if isinstance(error, UserError | NonFinite):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        import traceback
+
+        traceback.print_exception(error)

@@ -1,0 +1,287 @@
+"""Options, recipes and the command line: dataclasses whose fields are TOML keys and flags.
+
+A section is one dataclass and one TOML table.  Fields of the sections in `PLAIN` are plain flags
+(`--lr`), those of all others are dotted (`--view1.blur-p`, `--byol.base-tau`).  A value comes from,
+in rising precedence: the dataclass's default, the method's defaults, the checkpoint's run (for
+evaluations), the recipe's shared tables, the recipe's table of the script, the command line.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import tomllib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+PLAIN = ("data", "encoder", "optim", "run")
+
+
+class UserError(Exception):
+    """Wrong input: one line that names the flag, file or value and what to do next."""
+
+
+def option(default, help: str, *, low=None, high=None, choices=None, trajectory=True):
+    """A dataclass field with its help text, its range or choices, and whether it shapes the run.
+
+    `trajectory` marks what changes the weights that a run ends with; a resume compares those.
+    """
+    metadata = dict(help=help, low=low, high=high, choices=choices, trajectory=trajectory)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class EncoderConfig:
+    """[encoder]: the network that evaluation loads."""
+
+    arch: str = option("resnet18", "network", choices=("resnet18", "resnet34", "resnet50"))
+    stem: str = option(
+        "imagenet",
+        "first layers: imagenet 7x7/2 and max-pool, stl 3x3 and max-pool, cifar 3x3, small 3x3/2",
+        choices=("imagenet", "stl", "cifar", "small"),
+    )
+    width: float = option(1.0, "multiplies all channel counts", low=1 / 16, high=8)
+    zero_init: bool = option(False, "start each block's last batch-norm scale at 0, not 1")
+    init: str = option("random", "starting point: random, imagenet, or a file of weights")
+
+
+@dataclass
+class OptimConfig:
+    """[optim]: the optimizer and how long it runs."""
+
+    optimizer: str = option("lars", "optimizer", choices=("lars", "sgd", "adamw"))
+    lr: float = option(
+        0.45, "learning rate: per 256 images for lars and sgd, as it is for adamw", low=0
+    )
+    weight_decay: float = option(1e-6, "weight decay; never on 1-D parameters", low=0)
+    momentum: float = option(0.9, "momentum of lars and sgd", low=0, high=0.9999)
+    batch_size: int = option(256, "GLOBAL batch, images over all processes", low=1)
+    accumulate: int = option(1, "micro-batches that a global batch is cut into", low=1)
+    epochs: int = option(100, "epochs over the training images", low=1)
+    steps: int = option(0, "optimizer steps instead of epochs (0: use --epochs)", low=0)
+    max_steps: int = option(0, "upper bound of the steps; the schedules end there", low=0)
+    warmup_epochs: float = option(10, "linear warm-up, at most 10 %% of all steps", low=0)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """K, the number of attempted steps that the schedules run over."""
+        total = self.steps or self.epochs * steps_per_epoch
+        return min(total, self.max_steps) if self.max_steps else total
+
+
+@dataclass
+class RunConfig:
+    """[run]: where and how it runs; little of it changes the result."""
+
+    out: str = option("", "run folder (default runs/METHOD-DATASET)", trajectory=False)
+    resume: str = option("", "continue: auto (newest valid in --out) or a file", trajectory=False)
+    overwrite: bool = option(False, "rename an existing run folder away", trajectory=False)
+    seed: int = option(0, "seed of initialisation, order and augmentation", low=0)
+    device: str = option(
+        "auto", "where to compute", choices=("auto", "cpu", "cuda"), trajectory=False
+    )
+    gpus: int = option(1, "processes on this machine, one a GPU", low=1, trajectory=False)
+    precision: str = option(
+        "auto", "arithmetic of the network", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    batch_norm: str = option(
+        "sync", "statistics over all processes or in each", choices=("sync", "local")
+    )
+    compile: bool = option(False, "torch.compile the network")
+    threads: int = option(
+        0, "CPU threads of a process (0: cores / processes)", low=0, trajectory=False
+    )
+    log_every: int = option(20, "steps between log lines", low=1, trajectory=False)
+    save_every: int = option(
+        1000, "steps between checkpoints (0: only the last)", low=0, trajectory=False
+    )
+    keep: int = option(2, "checkpoints kept", low=2, trajectory=False)
+    check_every: int = option(
+        0, "steps between looks at stop and NaN flags (0: 1 on CPU, 20 on CUDA)", low=0,
+        trajectory=False,
+    )  # fmt: skip
+    knn_every: int = option(1000, "steps between k-NN figures (0: never)", low=0, trajectory=False)
+    stop_after: int = option(
+        0, "stop after this step, schedules unchanged (0: run all)", low=0, trajectory=False
+    )
+    online_probe: bool = option(False, "train a linear layer beside, on detached representations")
+    dist_timeout: float = option(600, "seconds until a stalled process is an error", low=1,
+                                 trajectory=False)  # fmt: skip
+    quiet: bool = option(False, "print errors only", trajectory=False)
+    debug: bool = option(False, "show tracebacks", trajectory=False)
+
+
+def _flag(section: str, name: str) -> str:
+    name = name.replace("_", "-")
+    return f"--{name}" if section in PLAIN else f"--{section}.{name}"
+
+
+def check(value, field: dataclasses.Field, kind, label: str):
+    """`value` as the field's type, or a UserError that names `label` and the allowed range."""
+    meta, origin = field.metadata, typing.get_origin(kind)
+    if origin is list:
+        (inner, *_), default = typing.get_args(kind), field.default_factory()
+        if not isinstance(value, list | tuple) or (len(default) and len(value) == 0):
+            raise UserError(f"{label} = {value!r}: expected a list such as {default}")
+        return [_scalar(v, inner, meta, label) for v in value]
+    return _scalar(value, kind, meta, label)
+
+
+def _scalar(value, kind, meta, label):
+    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not right or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{label} = {value!r}: expected {kind.__name__}")
+    value = kind(value)
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{label} = {value!r}: expected one of {', '.join(meta['choices'])}")
+    low, high = meta["low"], meta["high"]
+    if kind is not str and not (
+        (low is None or value >= low) and (high is None or value <= high) and value == value
+    ):
+        bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+        raise UserError(f"{label} = {value!r}: must be {' and '.join(bounds) or 'a number'}")
+    return value
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The tables of a recipe file; a UserError where it is missing or is not TOML."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--recipe {path}: {error.strerror}; see the folder recipes/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--recipe {path}: not valid TOML: {error}") from None
+
+
+def _near(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _layer(values: dict, sections: dict, tables: dict, own: str | None, source: str) -> None:
+    """Lay `tables` over `values`; the table `own` may set the fields of [optim] as well."""
+    for table in [t for t in tables if t in sections and t != own] + [own] * (own in tables):
+        if not isinstance(tables[table], dict):
+            raise UserError(f"{source}: {table} must be a table, [{table}]")
+        for key, value in tables[table].items():
+            home = table
+            if table == own and key not in values[own] and key in values.get("optim", {}):
+                home = "optim"
+            if key not in values[home]:
+                raise UserError(f"{source}: [{table}] has no key {key}" + _near(key, values[home]))
+            field = {f.name: f for f in dataclasses.fields(sections[home])}[key]
+            kind = typing.get_type_hints(sections[home])[key]
+            values[home][key] = check(value, field, kind, f"{source}: [{table}] {key}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def _parser(description, sections, values, extra, hide) -> argparse.ArgumentParser:
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", metavar="FILE", help="TOML file, see recipes/")
+    for flags, keywords in extra:
+        parser.add_argument(*flags, **keywords)
+    for section, cls in sections.items():
+        title = (cls.__doc__ or section).splitlines()[0]
+        group = parser.add_argument_group(title)
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in hide:
+                continue
+            kind, keywords = hints[field.name], {"default": argparse.SUPPRESS}
+            default = values[section][field.name]
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            keywords["help"] = f"{field.metadata['help']} [{shown}]"
+            keywords["dest"] = f"{section}.{field.name}"
+            if kind is bool:
+                keywords["action"] = argparse.BooleanOptionalAction
+            elif typing.get_origin(kind) is list:
+                keywords |= dict(nargs="+", type=typing.get_args(kind)[0])
+                keywords["metavar"] = field.name.upper()
+            else:
+                keywords |= dict(type=kind, metavar=field.name.upper())
+                if field.name == "resume":
+                    keywords |= dict(nargs="?", const="auto")
+                if field.metadata["choices"]:
+                    keywords["metavar"] = "|".join(field.metadata["choices"])
+            group.add_argument(_flag(section, field.name), **keywords)
+    return parser
+
+
+def read_config(
+    argv: list[str],
+    sections: dict[str, type],
+    *,
+    own: str | None = None,
+    defaults: dict | None = None,
+    inherit=None,
+    description: str = "",
+    extra: tuple = (),
+    hide: tuple = (),
+) -> SimpleNamespace:
+    """The settings of a script: one attribute for each section, and those of `extra` arguments.
+
+    sections   section name -> dataclass
+    own        the script's or method's own section, also found as `.method`
+    defaults   tables that the method lays over the dataclasses' defaults
+    inherit    function of the extra arguments (such as --ckpt) that gives further default tables
+    extra      ((flags, keywords of add_argument), ...)
+    hide       options that have no meaning for this script: no flags, but keys in recipes
+    Raises UserError for anything unknown or out of range.
+    """
+    values = {name: dataclasses.asdict(cls()) for name, cls in sections.items()}
+    _layer(values, sections, defaults or {}, None, "defaults")
+    given = vars(_parser(description, sections, values, extra, hide).parse_args(argv))
+    flags = {key: given.pop(key) for key in list(given) if "." in key}
+    if inherit:
+        _layer(values, sections, inherit(SimpleNamespace(**given)), None, "the run of --ckpt")
+    if given["recipe"]:
+        source = f"--recipe {given['recipe']}"
+        tables = read_recipe(given["recipe"])
+        unknown = [t for t in tables if t not in sections and t not in PLAIN + KNOWN_TABLES]
+        if unknown and not any(Path(p).joinpath(f"{unknown[0]}.py").exists() for p in METHODS):
+            raise UserError(f"{source}: unknown table [{unknown[0]}]"
+                            + _near(unknown[0], PLAIN + KNOWN_TABLES))  # fmt: skip
+        _layer(values, sections, tables, own, source)
+    for key, value in flags.items():
+        section, name = key.split(".")
+        field = {f.name: f for f in dataclasses.fields(sections[section])}[name]
+        kind = typing.get_type_hints(sections[section])[name]
+        values[section][name] = check(value, field, kind, _flag(section, name))
+    config = SimpleNamespace(**{s: cls(**values[s]) for s, cls in sections.items()}, **given)
+    config.sections = tuple(sections)
+    if own in sections:
+        config.method = getattr(config, own)
+    return config
+
+
+# Tables of other scripts in a recipe are not ours to judge; neither are those of other methods.
+KNOWN_TABLES = ("view1", "view2", "byol", "baseline", "linear", "mlp", "finetune", "reproduce")
+METHODS = ("variants",)
+
+
+def as_dict(config: SimpleNamespace) -> dict:
+    """Plain types only, one table a section, so that weights_only loading and TOML can hold it."""
+    return {name: dataclasses.asdict(getattr(config, name)) for name in config.sections}
+
+
+def differences(config: SimpleNamespace, saved: dict) -> list[str]:
+    """What a resume changes of all that shapes the trajectory: "--lr 0.3 -> 0.2", ..."""
+    found = []
+    for section in config.sections:
+        for field in dataclasses.fields(getattr(config, section)):
+            new = getattr(getattr(config, section), field.name)
+            old = saved.get(section, {}).get(field.name, new)
+            if field.metadata["trajectory"] and old != new:
+                found.append(f"{_flag(section, field.name)} {old} -> {new}")
+    return found

@@ -1,0 +1,152 @@
+"""Processes: three spellings of a start, the process group, DDP, and sums over ranks.
+
+`torchrun X --gpus N`, `torchrun --nproc-per-node N X` and `python X --gpus N` are the same run.
+Everything that depends on CUDA or on the number of processes is in this file.
+"""
+
+import contextlib
+import datetime
+import inspect
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training.batchnorm import convert_batch_norm
+from training.config import UserError
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")
+RELAUNCHED = "BYOL_RELAUNCHED"  # guards against a launcher that starts us again and again
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    quiet: bool = False
+
+    @property
+    def main(self) -> bool:
+        """Whether this one writes files and prints."""
+        return self.rank == 0
+
+
+def pick_device(device: str) -> str:
+    """auto -> cuda where there is one, else cpu."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
+    """Replace this process by torchrun where --gpus asks for more than the launcher gave.
+
+    torchrun alone starts one worker and hands it `--gpus 4`; plain python starts none.  Only a
+    real launcher counts: rank variables left over in the environment do not.
+    """
+    device = pick_device(device)
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    given = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched else 1
+    if device == "cuda" and gpus > torch.cuda.device_count():
+        raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
+    if gpus in (1, given):
+        return
+    if given > 1 or RELAUNCHED in os.environ:
+        raise UserError(f"--gpus {gpus}: the launcher started {given}; leave out one of the two")
+    sys.stdout.flush()
+    environment = {k: v for k, v in os.environ.items() if not _from_launcher(k)}
+    environment[RELAUNCHED] = "1"
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", spec.name] if spec else [sys.argv[0]]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={gpus}", *program, *argv]
+    os.execve(sys.executable, command, environment)
+
+
+def _from_launcher(name: str) -> bool:
+    keep = name == "TORCHELASTIC_ERROR_FILE"
+    return not keep and (name in LAUNCHER or name.startswith(LAUNCHER_PREFIXES))
+
+
+def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
+    """Join the launcher's process group, if there is one, and set device and thread count."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"]) if launched else 1
+    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    device = torch.device(pick_device(device))
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world_size > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return Processes(rank, world_size, device, quiet)
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(method: nn.Module, processes: Processes, batch_norm: str) -> nn.Module:
+    """The method on its device, in DDP where there are several processes.
+
+    sync: batch-norm statistics over all processes, so that buffers are equal everywhere.
+    """
+    if processes.world_size > 1 and batch_norm == "sync":
+        method = convert_batch_norm(method, processes.device)
+    method.to(processes.device, memory_format=torch.channels_last)
+    if processes.world_size == 1:
+        return method
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    # torch 2.13 renamed it
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    ids = [processes.device.index] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(
+        method, device_ids=ids, gradient_as_bucket_view=True, **{name: False}
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The method inside DDP."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def no_sync(model: nn.Module, skip: bool):
+    """Context in which DDP leaves gradients local, for all but the last micro-batch."""
+    if skip and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum in place over all processes; nothing to do in a single one."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast_buffers(method: nn.Module) -> None:
+    """Give every process rank 0's buffers: with local batch norm they differ."""
+    if dist.is_initialized():
+        for buffer in method.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,103 @@
+"""The seam: what a self-supervised method (or the supervised classifier) has to be.
+
+The loop, the checkpoints and the evaluation know this class and nothing else of a method.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from training.config import option
+
+__all__ = ["Method", "option"]
+
+
+class Method(nn.Module):
+    """Everything that is trained, and everything that a checkpoint must hold.
+
+    All state lives in parameters and buffers; all randomness comes from torch's global generator,
+    which the loop seeds anew for each step.
+    """
+
+    name: str = ""  # the recipe's table and the run folder's default name
+    defaults: dict = {}  # tables laid over the shared defaults, e.g. {"optim": {"lr": 0.05}}
+    uses_labels: bool = False  # then loss(outputs, labels); a label of -1 means unknown
+    views: tuple | None = None  # None: the recipe's view1 and view2; or own ViewConfigs
+
+    @dataclass
+    class Config:
+        """Options of the method."""
+
+    def __init__(self, encoder: nn.Module, config) -> None:
+        """`encoder` maps (B, 3, H, W) to (B, encoder.feature_size)."""
+        super().__init__()
+        self.encoder = encoder
+        self.config = config
+
+    def forward(self, *views: Tensor) -> dict[str, Tensor]:
+        """The networks' outputs, each stacked over views: (V, B, D).
+
+        Runs inside DDP and autocast, once for all views.  `representation` is the encoder's
+        output; `projection`, `prediction`, `target` are the usual further names.
+        """
+        raise NotImplementedError
+
+    def loss(self, outputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise and what else to log; runs outside DDP and autocast.
+
+        The outputs arrive in float32 at least.
+        """
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> dict[str, float]:
+        """Called after each applied optimizer step with progress = k/K in [0, 1); what to log."""
+        return {}
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Optimizer groups by dimension: 1-D parameters get no weight decay, no LARS adaptation."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+        ]
+
+
+class OnlineProbe(Method):
+    """Any method with a linear classifier trained beside it on its detached representation."""
+
+    uses_labels = True
+
+    def __init__(self, method: Method, classes: int) -> None:
+        nn.Module.__init__(self)
+        self.method, self.name, self.views = method, method.name, method.views
+        self.probe = nn.Linear(method.encoder.feature_size, classes)
+
+    @property
+    def encoder(self):
+        return self.method.encoder
+
+    def forward(self, *views):
+        outputs = self.method(*views)
+        return outputs | {"probe": self.probe(outputs["representation"].detach())}
+
+    def loss(self, outputs, labels):
+        """The method's loss plus cross-entropy on the images whose label is known."""
+        loss, logs = self.method.loss(outputs)
+        logits = outputs["probe"].flatten(0, 1)
+        labels = labels.repeat(len(outputs["probe"]))
+        known = (labels >= 0).float()
+        each = nn.functional.cross_entropy(logits, labels.clamp(min=0), reduction="none")
+        right = (logits.argmax(1) == labels).float()
+        count = known.sum().clamp(min=1)
+        logs = logs | {"online_probe_top1": 100 * (right * known).sum() / count}
+        return loss + (each * known).sum() / count, logs
+
+    def after_step(self, progress):
+        return self.method.after_step(progress)
+
+
+def at_least_float32(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of a forward pass as the loss gets them: half precisions become float32."""
+    half = (torch.float16, torch.bfloat16)
+    return {k: v.float() if v.dtype in half else v for k, v in outputs.items()}

@@ -1,0 +1,53 @@
+"""The optimizers: LARS by hand, torch's own SGD and AdamW, over groups made by dimension."""
+
+import torch
+from torch.optim import Optimizer
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling (arXiv 1708.03888), as in BYOL's released code.
+
+    g <- g + wd w;  g <- g eta |w|/|g| (factor 1 when a norm is 0);  m <- momentum m + g;
+    w <- w - lr m.  Groups with adapt=False skip the second.  The norms stay on the device.
+    """
+
+    def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0, eta=1e-3) -> None:
+        defaults = dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=True
+        )  # fmt: skip
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            grads = [p.grad for p in weights]
+            if group["weight_decay"]:
+                grads = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
+            if group["adapt"]:
+                grads = torch._foreach_mul(grads, self._trust(weights, grads, group["eta"]))
+            for p in weights:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            velocity = [self.state[p]["momentum"] for p in weights]
+            torch._foreach_mul_(velocity, group["momentum"])
+            torch._foreach_add_(velocity, grads)
+            torch._foreach_add_(weights, velocity, alpha=-group["lr"])
+
+    @staticmethod
+    def _trust(weights, grads, eta: float) -> list[torch.Tensor]:
+        """eta |w|/|g| for each tensor, 1 where either norm is 0."""
+        w, g = torch._foreach_norm(weights), torch._foreach_norm(grads)
+        return [torch.where((a > 0) & (b > 0), eta * a / b, 1.0) for a, b in zip(w, g, strict=True)]
+
+
+def build_optimizer(name: str, groups: list[dict], momentum: float) -> Optimizer:
+    """lars, sgd or adamw over a method's parameter groups; the loop sets the rate of each step."""
+    if name == "lars":
+        return LARS(groups, momentum=momentum)
+    groups = [{k: v for k, v in group.items() if k != "adapt"} for group in groups]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
+    return torch.optim.AdamW(groups, lr=0.0)

@@ -1,0 +1,187 @@
+"""The run folder: config.json, metrics.jsonl, TensorBoard, the lock, and one progress bar."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from training.config import UserError
+from training.distributed import Processes, sum_over_ranks
+
+
+def say(processes: Processes, text: str) -> None:
+    """Print on the main process only, unless --quiet."""
+    if processes.main and not processes.quiet:
+        tqdm.write(text)
+
+
+def check_free(out: Path, resume: bool, overwrite: bool) -> None:
+    """UserError where `out` holds another run, or can't be a folder; before any work starts."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file is in its place")
+    if (out / "config.json").exists() and not (resume or overwrite):
+        raise UserError(
+            f"--out {out} holds a run: --resume continues it, --overwrite renames it away, "
+            "or choose another --out"
+        )
+
+
+class RunFolder:
+    """Where one run writes.  Only the main process touches files; all must call `log`."""
+
+    def __init__(
+        self, out: Path, config: dict, processes: Processes, *, resume=False, overwrite=False
+    ) -> None:
+        self.out, self.processes, self.writer, self.bar = out, processes, None, None
+        self.lock = self.metrics = None
+        self.clock, self.images, self.total = time.perf_counter(), 0, 0
+        if not processes.main:
+            return
+        check_free(out, resume, overwrite)
+        if overwrite and not resume and (out / "config.json").exists():
+            out.rename(out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        out.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if not (resume and (out / "config.json").exists()):
+            facts = {"config": config, "command": sys.argv, **_provenance()}
+            write_json(out / "config.json", facts)
+
+    def _take_lock(self) -> None:
+        """One run a folder.  The kernel drops the lock with its holder, so none is ever stale."""
+        self.lock = open(self.out / ".lock", "a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            raise UserError(f"--out {self.out}: in use by process {self.lock.read()}") from None
+        self.lock.truncate(0)
+        self.lock.write(str(os.getpid()))
+        self.lock.flush()
+
+    def begin(self, start: int, stop: int, label: str, batch_size: int, tensorboard=True) -> None:
+        """Open the metrics for steps start .. stop-1; rows of later steps are cut away."""
+        self.total = stop
+        if not self.processes.main:
+            return
+        path = self.out / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] < start]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        self.metrics = open(path, "a", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.out), purge_step=start or None)
+        self.bar = tqdm(
+            total=stop * batch_size, initial=start * batch_size, desc=label, unit=" images",
+            unit_scale=True, dynamic_ncols=True,
+            disable=self.processes.quiet or not sys.stderr.isatty(),
+        )  # fmt: skip
+        self.clock = time.perf_counter()
+
+    def log(self, step, every: int, **extra: float) -> None:
+        """Write the step's figures every `every` steps, at the first and last, and with `extra`.
+
+        Losses and logged tensors are averaged over the processes; this is the only place that
+        reads them from the device.
+        """
+        self.images += step.images
+        if self.bar is not None:
+            self.bar.update(step.images)
+        if not (extra or step.index % every == 0 or step.last or step.index == self.total - 1):
+            return
+        tensors = {"loss": step.loss}
+        tensors |= {k: v for k, v in step.logs.items() if isinstance(v, torch.Tensor)}
+        means = torch.stack([v.detach().double() for v in tensors.values()])
+        means = (sum_over_ranks(means) / self.processes.world_size).tolist()
+        row = {"step": step.index, "epoch": step.epoch, "lr": step.lr}
+        row |= dict(zip(tensors, means, strict=True))
+        row |= {k: v for k, v in step.logs.items() if not isinstance(v, torch.Tensor)}
+        now = time.perf_counter()
+        row["images_per_second"] = round(self.images / (now - self.clock), 1)
+        self.clock, self.images = now, 0
+        self._write(row | extra)
+
+    def _write(self, row: dict) -> None:
+        if not self.processes.main or self.metrics is None:
+            return
+        self.metrics.write(json.dumps(row) + "\n")
+        if self.writer is not None:
+            for name, value in row.items():
+                if name not in ("step", "epoch"):
+                    self.writer.add_scalar(name, value, row["step"])
+        knn = f" knn {row['knn_top1']:.1f}" if "knn_top1" in row else ""
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix_str(f"loss {row['loss']:.3f}{knn}", refresh=False)
+        elif knn and not self.processes.quiet:
+            text = f"step {row['step'] + 1}/{self.total}  loss {row['loss']:.3f} {knn}"
+            print(f"{text}  {row['images_per_second']} images/s", flush=True)
+
+    def pause_clock(self, seconds: float) -> None:
+        """Take `seconds` of evaluation out of the rate."""
+        self.clock += seconds
+
+    def close(self) -> None:
+        """Close what is open and give the lock back; safe to call twice."""
+        for thing in (self.bar, self.metrics, self.writer, self.lock):
+            if thing is not None:
+                thing.close()
+        self.bar = self.metrics = self.writer = self.lock = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_json(path: Path, value) -> None:
+    """Indented JSON, whole or not at all."""
+    from training.checkpoints import write_atomically
+
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def git_commit() -> str:
+    """The commit of this code, "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+        return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _provenance() -> dict:
+    import torchvision
+
+    return {
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "host": platform.node(),
+        "threads": torch.get_num_threads(),
+    }

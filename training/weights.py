@@ -1,0 +1,155 @@
+"""Encoder weights in and out: `encoder.pt`, run folders, checkpoints, other people's files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from training.checkpoints import load_file, save_file
+from training.config import UserError
+
+PREFIXES = ("module.", "_orig_mod.", "method.")
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@dataclass
+class Weights:
+    """An encoder's state dict (torchvision's names), what it belongs to, and its run's config."""
+
+    state_dict: dict[str, Tensor]
+    meta: dict
+    config: dict
+    folder: Path
+
+    def tables(self) -> dict:
+        """Defaults for an evaluation: the run's data set and sizes, and the encoder's shape."""
+        data = {k: v for k, v in self.config.get("data", {}).items()
+                if k not in ("labels", "draw", "fold", "evaluate_on", "download")}  # fmt: skip
+        shape = {k: self.meta[k] for k in ("arch", "stem", "width", "init") if k in self.meta}
+        return {"data": data, "encoder": shape}
+
+    def normalisation(self, images) -> tuple[list, list]:
+        """Mean and std of the inputs it was trained on; those of `images` where none are known."""
+        if "mean" in self.meta:
+            return self.meta["mean"], self.meta["std"]
+        return images.statistics()
+
+    def beside(self, name: str, data) -> str:
+        """Default run folder of an evaluation: beside the weights, named after its labels."""
+        parts = [name] + [f"labels{data.labels}-draw{data.draw}"] * bool(data.labels)
+        parts += [f"fold{data.fold}"] * (data.fold >= 0)
+        parts += ["validation"] * (data.evaluate_on == "validation")
+        return str(self.folder / "-".join(parts))
+
+
+def save_encoder(path: Path, encoder: nn.Module, meta: dict) -> None:
+    """Write {"state_dict", "meta"}; the stems have equal shapes, so weights alone don't say."""
+    state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    save_file(path, {"state_dict": state, "meta": meta})
+
+
+def read_weights(path: str | Path, flag: str = "--ckpt") -> Weights:
+    """Weights from a run folder, one of its checkpoints, an encoder.pt or a bare state dict.
+
+    `meta` is empty for a bare state dict.  Raises UserError where nothing fits.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "encoder.pt").exists():
+            raise UserError(f"{flag} {path}: no encoder.pt in it; is the run finished?")
+        path = path / "encoder.pt"
+    loaded = load_file(path, flag)
+    if not isinstance(loaded, dict):
+        raise UserError(f"{flag} {path}: not a state dict")
+    if isinstance(loaded.get("encoder"), dict):  # a classifier.pt
+        loaded = {"state_dict": loaded["encoder"], "meta": loaded.get("meta", {})}
+    folder = path.parent.parent if "model" in loaded else path.parent
+    meta = loaded.get("meta", {})
+    if "model" in loaded:  # a training checkpoint
+        model = strip(loaded["model"])
+        state = {
+            k.removeprefix("encoder."): v for k, v in model.items() if k.startswith("encoder.")
+        }
+    else:
+        state = strip(loaded.get("state_dict", loaded))
+    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{flag} {path}: holds no weights of an encoder")
+    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise UserError(f"{flag} {path}: {bad[0]} is not finite; take an earlier checkpoint")
+    config = folder / "config.json"
+    saved = json.loads(config.read_text())["config"] if config.exists() else {}
+    return Weights(state, meta, saved, folder)
+
+
+def strip(state: dict) -> dict:
+    """Names without the prefixes that DDP, torch.compile and the online probe put before them."""
+
+    def bare(name):
+        while name.startswith(PREFIXES):
+            name = name.split(".", 1)[1]
+        return name
+
+    return {bare(k): v for k, v in state.items()}
+
+
+def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy `state` into the encoder; UserError with the first names unless all fit exactly.
+
+    A classifier's last layer (fc.*) is left out: the encoder has none.
+    """
+    state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    own = encoder.state_dict()
+    problems = [f"{k} is missing" for k in own if k not in state]
+    problems += [f"{k} is unknown" for k in state if k not in own]
+    problems += [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{source} does not fit --arch, --stem, --width: "
+                        + "; ".join(problems[:3]) + more)  # fmt: skip
+    encoder.load_state_dict(state)
+
+
+def imagenet_weights(arch: str, stem: str, width: float) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights, from its cache or by its own download."""
+    from torchvision import models
+
+    if stem != "imagenet" or width != 1:
+        raise UserError(f"--init imagenet needs --stem imagenet --width 1, not {stem} and {width}")
+    weights = models.get_model_weights(arch)["IMAGENET1K_V1"]
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu")
+    except Exception as error:  # urllib and torch.hub raise many kinds
+        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--init imagenet: could not fetch {weights.url} ({reason}); put that file at {target}"
+        ) from None
+
+
+def initialise(encoder: nn.Module, config, mean: list, std: list) -> tuple[list, list]:
+    """Load what --init names into the encoder; returns the mean and std its inputs need.
+
+    config   EncoderConfig; mean and std are those of the data, used where --init names no other
+    """
+    if config.init == "random":
+        return mean, std
+    if config.init == "imagenet":
+        state = imagenet_weights(config.arch, config.stem, config.width)
+        load_weights(encoder, state, "--init imagenet")
+        return IMAGENET_MEAN, IMAGENET_STD
+    weights = read_weights(config.init, "--init")
+    for key in ("arch", "stem", "width"):
+        if key in weights.meta and weights.meta[key] != getattr(config, key):
+            raise UserError(
+                f"--init {config.init}: made with --{key} {weights.meta[key]}, "
+                f"not {getattr(config, key)}"
+            )
+    load_weights(encoder, weights.state_dict, f"--init {config.init}")
+    return weights.meta.get("mean", mean), weights.meta.get("std", std)
