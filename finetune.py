@@ -7,16 +7,24 @@ from baseline.baseline import Finetune
 from byol.networks import Encoder
 from data import datasets
 from train_baseline import DEFAULTS, HIDE, train
-from training import distributed
 from training.command import execute
 from training.config import EncoderConfig, OptimConfig, RunConfig, read_config
+from training.distributed import Processes
 from training.weights import load_weights, read_weights
+
+CKPT_HELP = "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
+CKPT = (("--ckpt",), dict(required=True, metavar="RUN", help=CKPT_HELP))
 
 
 def configure(argv: list[str]):
     """The settings of a fine-tuning run; data set, sizes and encoder come from --ckpt."""
-    sections = {"data": datasets.DataConfig, "encoder": EncoderConfig, "optim": OptimConfig,
-                "run": RunConfig, "finetune": Finetune.Config}  # fmt: skip
+    sections = {
+        "data": datasets.DataConfig,
+        "encoder": EncoderConfig,
+        "optim": OptimConfig,
+        "run": RunConfig,
+        "finetune": Finetune.Config,
+    }
     found = {}
 
     def inherit(given) -> dict:
@@ -24,19 +32,21 @@ def configure(argv: list[str]):
         return found["weights"].tables()
 
     config = read_config(
-        argv, sections, own="finetune", defaults=DEFAULTS, inherit=inherit, description=__doc__,
-        extra=(CKPT,), hide=(*HIDE, "init"),
-    )  # fmt: skip
+        argv,
+        sections,
+        own="finetune",
+        defaults=DEFAULTS,
+        inherit=inherit,
+        description=__doc__,
+        extra=(CKPT,),
+        hide=(*HIDE, "init"),
+    )
     config.weights = found["weights"]
     config.run.out = config.run.out or config.weights.beside("finetune", config.data)
     return config
 
 
-CKPT = (("--ckpt",), dict(required=True, metavar="RUN",
-        help="run folder, checkpoint or encoder.pt (a bare state dict needs --arch, --stem, --width)"))  # fmt: skip
-
-
-def run(config, processes: distributed.Processes) -> dict:
+def run(config, processes: Processes) -> dict:
     """Fine-tune the encoder of --ckpt; returns what result.json holds."""
     data = datasets.load(config.data)
     split = data.evaluation(config.data)

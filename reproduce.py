@@ -47,8 +47,14 @@ class ReproduceConfig:
 
 def configure(argv: list[str], method_class=train_byol.BYOL):
     """The settings of the whole table."""
-    sections = {"data": datasets.DataConfig, "encoder": EncoderConfig, "run": RunConfig,
-                "linear": LinearConfig, "mlp": MLPConfig, "reproduce": ReproduceConfig}  # fmt: skip
+    sections = {
+        "data": datasets.DataConfig,
+        "encoder": EncoderConfig,
+        "run": RunConfig,
+        "linear": LinearConfig,
+        "mlp": MLPConfig,
+        "reproduce": ReproduceConfig,
+    }
     config = read_config(argv, sections, description=__doc__, hide=HIDE)
     if not config.recipe:
         raise UserError("--recipe is missing: name one of recipes/*.toml")
@@ -80,9 +86,21 @@ class Table:
     def flags(self, folder: str) -> list[str]:
         """The command line of a script's run inside this table."""
         c = self.config
-        return ["--recipe", c.recipe, "--out", str(self.out / folder), "--resume",
-                "--dataset", c.data.dataset, "--data-root", c.data.data_root,
-                "--device", c.run.device, "--precision", c.run.precision]  # fmt: skip
+        return [
+            "--recipe",
+            c.recipe,
+            "--out",
+            str(self.out / folder),
+            "--resume",
+            "--dataset",
+            c.data.dataset,
+            "--data-root",
+            c.data.data_root,
+            "--device",
+            c.run.device,
+            "--precision",
+            c.run.precision,
+        ]
 
     def split(self, labels: int, draw: int):
         """The labelled images of one draw and what is measured on."""
@@ -95,11 +113,19 @@ class Table:
 
     def add(self, key: tuple, top1: float, seconds: float, protocol: str, images: int) -> None:
         """Keep one cell and print it."""
-        self.cells.add(key, top1=round(top1, 4), seconds=round(seconds, 3), protocol=protocol,
-                       test_images=images)  # fmt: skip
+        self.cells.add(
+            key,
+            top1=round(top1, 4),
+            seconds=round(seconds, 3),
+            protocol=protocol,
+            test_images=images,
+        )
         name, init, labels, draw, seed = key
-        say(self.processes, f"{name:>20} ({init}) {labels:>6,} labels, draw {draw}, seed {seed}: "
-            f"{top1:6.2f} %  {seconds:.1f} s")  # fmt: skip
+        say(
+            self.processes,
+            f"{name:>20} ({init}) {labels:>6,} labels, draw {draw}, seed {seed}: "
+            f"{top1:6.2f} %  {seconds:.1f} s",
+        )
 
 
 def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, features) -> None:
@@ -107,8 +133,11 @@ def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, featur
 
     features   function that computes them for a set of images; called only when a cell is missing
     """
-    todo = [(key, how) for name, how in rows.items()
-            for key in table.missing(name, init, seed, table.draws)]  # fmt: skip
+    todo = [
+        (key, how)
+        for name, how in rows.items()
+        for key in table.missing(name, init, seed, table.draws)
+    ]
     if not todo:
         return
     train, test = features(table.data.train), features(table.data.test)
@@ -123,8 +152,11 @@ def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, featur
         else:
             classifier = fit(how, x, labels, classes, c.linear, c.mlp, seed)
             top1 = classifier.top1(y, truth)
-            protocol = ("logistic regression, L2 cross-validated in the labels" if how == "linear"
-                        else "MLP on frozen features")  # fmt: skip
+            protocol = (
+                "logistic regression, L2 cross-validated in the labels"
+                if how == "linear"
+                else "MLP on frozen features"
+            )
         table.add(key, top1, time.perf_counter() - begun, protocol, len(truth))
 
 
@@ -132,11 +164,11 @@ def control_rows(table: Table, inits: list[str]) -> None:
     """Raw pixels, random encoders of the same shape, and untouched ImageNet features."""
     frozen_rows(table, {"raw-pixels": "linear"}, "none", 0, pixels)
     for seed in range(table.config.reproduce.seeds):
-        frozen_rows(table, {"random-encoder": "linear"}, "none", seed,
-                    Lazy(table, lambda seed=seed: starting_point(table, "random", seed)))  # fmt: skip
+        features = Lazy(table, lambda seed=seed: starting_point(table, "random", seed))
+        frozen_rows(table, {"random-encoder": "linear"}, "none", seed, features)
     if "imagenet" in inits:
-        frozen_rows(table, {"imagenet-features": "linear"}, "imagenet", 0,
-                    Lazy(table, lambda: starting_point(table, "imagenet", 0)))  # fmt: skip
+        features = Lazy(table, lambda: starting_point(table, "imagenet", 0))
+        frozen_rows(table, {"imagenet-features": "linear"}, "imagenet", 0, features)
 
 
 class Lazy:
@@ -146,13 +178,11 @@ class Lazy:
         self.table, self.build, self.built = table, build, None
 
     def __call__(self, images) -> torch.Tensor:
-        p = self.table.processes
         if self.built is None:
             self.built = self.build()
         encoder, mean, std = self.built
-        encoder.to(p.device, memory_format=torch.channels_last)
-        return extract(encoder, images, mean, std, self.table.sizes, device=p.device, rank=p.rank,
-                       world_size=p.world_size)  # fmt: skip
+        encoder.to(self.table.processes.device, memory_format=torch.channels_last)
+        return extract(encoder, images, mean, std, self.table.sizes, self.table.processes)
 
 
 def starting_point(table: Table, init: str, seed: int):
@@ -174,18 +204,34 @@ def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: l
         labels, draw = key[2], key[3]
         folder = f"{name}-{init}/seed{seed}-labels{labels}-draw{draw}"
         begun = time.perf_counter()
-        config = script.configure([
-            *table.flags(folder), *flags, "--labels", str(labels), "--draw", str(draw),
-            "--seed", str(draw), "--save-every", "0",
-            "--evaluate-on", table.config.data.evaluate_on,
-        ])  # fmt: skip
+        config = script.configure(
+            [
+                *table.flags(folder),
+                *flags,
+                "--labels",
+                str(labels),
+                "--draw",
+                str(draw),
+                "--seed",
+                str(draw),
+                "--save-every",
+                "0",
+                "--evaluate-on",
+                table.config.data.evaluate_on,
+            ]
+        )
         result = script.run(config, table.quiet)
         if result.get("stopped"):
             raise SystemExit(75)
         if result.get("complete"):  # killed between its result and this table's
             result = read_result(table.out / folder)
-        table.add(key, result["top1"], time.perf_counter() - begun,
-                  "crop + flip, full frame at test", result["images"])  # fmt: skip
+        table.add(
+            key,
+            result["top1"],
+            time.perf_counter() - begun,
+            "crop + flip, full frame at test",
+            result["images"],
+        )
 
 
 def read_result(folder: Path) -> dict:
@@ -213,8 +259,8 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
             costs.append(read_result(table.out / folder)["seconds"])
             run_folder = table.out / folder
             rows = {f"{m}-knn": "knn", f"{m}-linear": "linear", f"{m}-mlp": "mlp"}
-            frozen_rows(table, rows, init, seed,
-                        Lazy(table, lambda folder=run_folder: pretrained(table, folder)))  # fmt: skip
+            features = Lazy(table, lambda folder=run_folder: pretrained(table, folder))
+            frozen_rows(table, rows, init, seed, features)
             trained_rows(table, f"{m}-finetune", init, seed, finetune, ["--ckpt", str(run_folder)])
     rows, claims = table.cells.rows(), table.cells.claims(m)
     total = time.perf_counter() - started
@@ -240,8 +286,8 @@ def report(table: Table, rows, claims, costs: list[float], total: float) -> None
     notes = [
         f"{c.data.dataset}: measured on {rows[0]['test_images']:,} {measured} images. Pretraining "
         f"took {sum(costs) / len(costs):.0f} s a seed on {table.processes.world_size} x "
-        f"{table.processes.device.type}, {torch.get_num_threads()} threads. `seconds` is the time of "
-        "one cell beyond that.",
+        f"{table.processes.device.type}, {torch.get_num_threads()} threads; `seconds` is the time "
+        "of one cell beyond that.",
         "",
         f"`python reproduce.py --recipe {c.recipe}`, commit {git_commit()}.",
     ]

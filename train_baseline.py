@@ -15,35 +15,39 @@ from data import datasets
 from data.loader import Loader
 from eval.classifiers import accuracy
 from eval.features import extract
-from training import distributed
-from training.checkpoints import Checkpoints, restore, resume_state, save_file, training_state
+from training.checkpoints import save_file
 from training.command import execute
-from training.config import EncoderConfig, OptimConfig, RunConfig, as_dict, read_config
-from training.loop import train_steps
-from training.optimizers import build_optimizer
-from training.precision import Precision, pick_precision
-from training.run_folder import RunFolder, git_commit, say, write_json
-from training.schedules import peak_rate, warmup_steps
+from training.config import EncoderConfig, OptimConfig, RunConfig, read_config
+from training.distributed import Processes
+from training.run_folder import say, write_json
+from training.session import Session
 from training.stopping import Watch
 from training.weights import initialise, save_encoder
 
 HIDE = ("pretrain_on", "knn_every", "online_probe")
 # A supervised network of a few thousand labels: plain SGD, and steps instead of epochs.
-DEFAULTS = {"optim": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "batch_size": 50,
-                      "steps": 2000}}  # fmt: skip
+DEFAULTS = {
+    "optim": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "batch_size": 50, "steps": 2000}
+}
 
 
 def configure(argv: list[str]):
     """The settings of a baseline run."""
-    sections = {"data": datasets.DataConfig, "encoder": EncoderConfig, "optim": OptimConfig,
-                "run": RunConfig, "baseline": Baseline.Config}  # fmt: skip
-    config = read_config(argv, sections, own="baseline", defaults=DEFAULTS,
-                         description=__doc__, hide=HIDE)  # fmt: skip
+    sections = {
+        "data": datasets.DataConfig,
+        "encoder": EncoderConfig,
+        "optim": OptimConfig,
+        "run": RunConfig,
+        "baseline": Baseline.Config,
+    }
+    config = read_config(
+        argv, sections, own="baseline", defaults=DEFAULTS, description=__doc__, hide=HIDE
+    )
     config.run.out = config.run.out or f"runs/baseline-{config.data.dataset}"
     return config
 
 
-def run(config, processes: distributed.Processes) -> dict:
+def run(config, processes: Processes) -> dict:
     """Train from --init on the labelled images; returns what result.json holds."""
     data = datasets.load(config.data)
     split = data.evaluation(config.data)
@@ -64,77 +68,69 @@ def train(config, processes, method_class, encoder, split, class_names, mean, st
         say(processes, f"{out} is complete; nothing to do")
         return {"complete": True}
 
-    # model
-    e, o = config.encoder, config.optim
+    # model, loader and optimizer
+    e = config.encoder
     method = method_class(encoder, config.method, len(class_names))
-    if config.run.compile:
-        method.compile()
     loader = Loader(
-        split.train, split.train_labels, method.views, config.data.crop_size, o.batch_size, mean,
-        std, config.run.seed, o.accumulate, processes.rank, processes.world_size, processes.device,
-    )  # fmt: skip
-    total = o.total_steps(loader.steps_per_epoch)
-    meta = {"arch": e.arch, "stem": e.stem, "width": e.width, "mean": mean, "std": std,
-            "crop_size": config.data.crop_size, "init": e.init, "method": method.name,
-            "seed": config.run.seed, "commit": git_commit()}  # fmt: skip
-    model = distributed.wrap(method, processes, config.run.batch_norm)
-
-    # optimizer
-    optimizer = build_optimizer(o.optimizer, method.parameter_groups(o.weight_decay), o.momentum)
-    precision = Precision(pick_precision(config.run.precision, processes.device), processes.device)
-    peak = peak_rate(o.optimizer, o.lr, o.batch_size)
-    checkpoints = Checkpoints(out / "checkpoints", config.run.save_every, config.run.keep)
-    folder = RunFolder(out, as_dict(config), processes, resume=bool(config.run.resume),
-                       overwrite=config.run.overwrite)  # fmt: skip
-    state = resume_state(checkpoints, config.run.resume, config, method)
-    start = restore(state, method, optimizer, precision) if state else 0
-    stop = min(config.run.stop_after or total, total)
-    say(processes, f"{method.name} on {config.data.dataset}: {len(split.train):,} labelled images, "
+        images=split.train,
+        labels=split.train_labels,
+        views=method.views,
+        crop_size=config.data.crop_size,
+        batch_size=config.optim.batch_size,
+        accumulate=config.optim.accumulate,
+        mean=mean,
+        std=std,
+        seed=config.run.seed,
+        processes=processes,
+    )
+    session = Session(config, method, loader, processes)
+    say(
+        processes,
+        f"{method.name} on {config.data.dataset}: {len(split.train):,} labelled images, "
         f"{len(split.test):,} {config.data.evaluate_on} images; {e.arch}, stem {e.stem}, width "
         f"{e.width:g}, init {e.init}: {parameter_count(method):,} parameters\n"
-        f"{processes.world_size} x {processes.device.type}, {precision.name}; {total - start:,} "
-        f"steps of {o.batch_size}, {o.optimizer}, learning rate {peak:g}")  # fmt: skip
+        f"{session.describe()}",
+    )
 
     # loop
-    with folder, Watch(processes, config.run.check_every) as watch:
-        folder.begin(start, stop, method.name, o.batch_size)
-        for step in train_steps(model, loader, optimizer, precision, peak=peak, total=total,
-                                warmup=warmup_steps(o.warmup_epochs, loader.steps_per_epoch, total),
-                                start=start, stop=stop):  # fmt: skip
+    with session.folder as folder, Watch(processes, config.run.check_every) as watch:
+        for step in session.steps():
             folder.log(step, config.run.log_every)
-            due = checkpoints.due(step) or step.index == stop - 1
-            watch.look(step, method, saving=due)
-            if due or watch.stop or watch.save:
-                if config.run.batch_norm == "local":
-                    distributed.broadcast_buffers(method)
-                if processes.main:
-                    checkpoints.save(step.index + 1, training_state(
-                        method, optimizer, precision, as_dict(config), meta))  # fmt: skip
+            session.save_if_due(step, watch)
             if watch.stop:
                 break
         if not step.last:
-            say(processes, f"stopped after step {step.index + 1} of {total}; go on with --resume")
+            say(processes, f"stopped after step {step.index + 1:,}; go on with --resume")
             return {"stopped": watch.stop}
 
         # result
         sizes = datasets.evaluation_sizes(config.data, split.test.shape)
-        features = extract(method.encoder, split.test, mean, std, sizes, device=processes.device,
-                           rank=processes.rank, world_size=processes.world_size)  # fmt: skip
-        logits = method.head.cpu()(features)
+        features = extract(method.encoder, split.test, mean, std, sizes, processes)
+        top1 = accuracy(method.head.cpu()(features), split.test_labels)
         result = {
-            "name": method.name, "dataset": config.data.dataset, "init": e.init,
-            "top1": round(accuracy(logits, split.test_labels), 4), "labels": len(split.train),
-            "draw": config.data.draw, "fold": config.data.fold, "steps": total,
-            "measured_on": config.data.evaluate_on, "images": len(split.test),
+            "name": method.name,
+            "dataset": config.data.dataset,
+            "init": e.init,
+            "top1": round(top1, 4),
+            "labels": len(split.train),
+            "draw": config.data.draw,
+            "fold": config.data.fold,
+            "measured_on": config.data.evaluate_on,
+            "images": len(split.test),
+            "steps": session.total,
             "seconds": round(time.perf_counter() - started, 1),
-        }  # fmt: skip
+        }
         if processes.main:
-            save_encoder(out / "encoder.pt", method.encoder, meta | {"step": total})
-            save_file(out / "classifier.pt", {"encoder": method.encoder.state_dict(),
-                      "head": method.head.state_dict(), "meta": meta, "classes": class_names})  # fmt: skip
+            save_encoder(out / "encoder.pt", method.encoder, session.meta)
+            classifier = {"encoder": method.encoder.state_dict(), "head": method.head.state_dict()}
+            classifier |= {"meta": session.meta, "classes": class_names}
+            save_file(out / "classifier.pt", classifier)
             write_json(out / "result.json", result)
-    say(processes, f"{out}: top-1 {result['top1']:.2f} % on {result['images']:,} "
-        f"{result['measured_on']} images with {result['labels']:,} labels, {result['seconds']:.0f} s")  # fmt: skip
+    say(
+        processes,
+        f"{out}: top-1 {top1:.2f} % on {len(split.test):,} {config.data.evaluate_on} images with "
+        f"{len(split.train):,} labels, {result['seconds']:.0f} s",
+    )
     return result
 
 

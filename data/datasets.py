@@ -16,8 +16,9 @@ class DataConfig:
     """[data]: images, their sizes, and which labels may be used."""
 
     dataset: str = option("stl10", "data set", choices=NAMES)
-    data_root: str = option("datasets", "folder of the data (folder: DIR with train/, test/)",
-                            trajectory=False)  # fmt: skip
+    data_root: str = option(
+        "datasets", "folder of the data (folder: DIR with train/, test/)", trajectory=False
+    )
     download: bool = option(False, "fetch stl10 or cifar10 when missing", trajectory=False)
     pretrain_on: str = option(
         "train+unlabelled", "images for pretraining", choices=("train+unlabelled", "unlabelled")
@@ -26,7 +27,7 @@ class DataConfig:
     store_size: int = option(160, "folder: side that images are packed at, pixels", low=8)
     eval_size: int = option(
         0,
-        "evaluation: short side resized to this (0: the full frame up to 96, else 8/7 crop)",
+        "short side in evaluation (0: the full frame up to 96, else 8/7 crop)",
         low=0,
     )
     strict: bool = option(False, "folder: refuse unreadable images", trajectory=False)
@@ -66,8 +67,10 @@ class Dataset:
     def evaluation(self, data: DataConfig) -> "Split":
         """The labelled images that may be used and those that are measured on."""
         if self.train is None or self.test is None:
-            raise UserError("this data set has no labelled train and test images: "
-                            "--data-root needs train/CLASS/* and test/CLASS/*")  # fmt: skip
+            raise UserError(
+                "this data set has no labelled train and test images: "
+                "--data-root needs train/CLASS/* and test/CLASS/*"
+            )
         if data.fold >= 0:
             if self.folds is None or data.labels:
                 raise UserError(f"--fold {data.fold}: for stl10 only, and not with --labels")
@@ -110,8 +113,10 @@ def label_draw(labels: np.ndarray, count: int, draw: int) -> np.ndarray:
     each = count // len(classes)
     least = min(np.sum(labels == c) for c in classes)
     if count % len(classes) or each > least:
-        raise UserError(f"--labels {count}: must be a multiple of {len(classes)} classes, and at "
-                        f"most {least * len(classes)} (the smallest class has {least})")  # fmt: skip
+        raise UserError(
+            f"--labels {count}: must be a multiple of {len(classes)} classes, and at most "
+            f"{least * len(classes)} (the smallest class has {least})"
+        )
     rng = np.random.default_rng(np.random.SeedSequence([draw, 0x1ABE1]))
     chosen = [rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes]
     return np.sort(np.concatenate(chosen))
@@ -137,8 +142,9 @@ def evaluation_sizes(data: DataConfig, store: tuple[int, int]) -> tuple[int, int
     """Short side and centre crop for `frame`; (0, 0) is the full frame as stored."""
     if data.eval_size:
         if data.eval_size < data.crop_size:
-            raise UserError(f"--eval-size {data.eval_size}: must be at least --crop-size "
-                            f"{data.crop_size}")  # fmt: skip
+            raise UserError(
+                f"--eval-size {data.eval_size}: must be at least --crop-size {data.crop_size}"
+            )
         return data.eval_size, data.crop_size
     if max(store) <= 96:
         return 0, 0

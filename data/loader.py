@@ -15,6 +15,7 @@ from torch import Tensor
 from data.images import Images
 from data.views import ViewConfig, apply, draw, normalise
 from training.config import UserError
+from training.distributed import SINGLE, Processes
 
 ORDER, VIEWS = 1, 2  # streams of random numbers
 
@@ -30,7 +31,7 @@ class Loader:
 
     images, labels   what to train on; labels may be None
     views            one ViewConfig for each view; crop_size where they name no size
-    batch_size       GLOBAL, cut into `accumulate` micro-batches, each over `world_size` ranks
+    batch_size       GLOBAL, cut into `accumulate` micro-batches, each shared by the processes
     mean, std        three floats each
     """
 
@@ -43,25 +44,23 @@ class Loader:
     std: list[float]
     seed: int = 0
     accumulate: int = 1
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    processes: Processes = SINGLE
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        parts = self.accumulate * self.world_size
+        parts = self.accumulate * self.processes.world_size
         if self.batch_size > len(self.images):
             raise UserError(
-                f"--batch-size {self.batch_size} is larger than the {len(self.images)} training images"
+                f"--batch-size {self.batch_size}: there are only {len(self.images)} training images"
             )
         if self.batch_size % parts or self.batch_size // parts < 2:
             raise UserError(
-                f"--batch-size {self.batch_size}: must give each of {self.world_size} processes x "
-                f"{self.accumulate} micro-batches the same number of images, at least 2"
+                f"--batch-size {self.batch_size}: each of {self.processes.world_size} processes x "
+                f"{self.accumulate} micro-batches needs the same number of images, at least 2"
             )
         self.steps_per_epoch = len(self.images) // self.batch_size
         self._order = (-1, None)
-        as_tensor = dict(dtype=self.dtype, device=self.device)
+        as_tensor = dict(dtype=self.dtype, device=self.processes.device)
         self._mean, self._std = (torch.tensor(v, **as_tensor) for v in (self.mean, self.std))
 
     def indices(self, step: int) -> np.ndarray:
@@ -78,10 +77,10 @@ class Loader:
         height, width = self.images.shape
         drawn = [draw(view, self.batch_size, height, width, rng) for view in self.views]
         micro = self.batch_size // self.accumulate
-        share = micro // self.world_size
-        for first in range(self.rank * share, self.batch_size, micro):
+        share = micro // self.processes.world_size
+        for first in range(self.processes.rank * share, self.batch_size, micro):
             mine = slice(first, first + share)
-            pixels = self.images.gather(indices[mine]).to(self.device, non_blocking=True)
+            pixels = self.images.gather(indices[mine]).to(self.processes.device, non_blocking=True)
             parameters = [{k: v[mine] for k, v in d.items()} for d in drawn]
             yield self._views(pixels, parameters), self._labels(indices[mine])
 
@@ -99,4 +98,4 @@ class Loader:
     def _labels(self, indices: np.ndarray) -> Tensor | None:
         if self.labels is None:
             return None
-        return torch.from_numpy(self.labels[indices]).to(self.device, non_blocking=True)
+        return torch.from_numpy(self.labels[indices]).to(self.processes.device, non_blocking=True)

@@ -3,9 +3,10 @@
     apt-get install dataset-fashion-mnist
     python -m data.make_sample /usr/share/datasets/fashion-mnist
 
-Fashion-MNIST is the work of Zalando SE (https://github.com/zalandoresearch/fashion-mnist), under the MIT licence that
-stands beside the sample.  1,000 labelled and 8,000 unlabelled images come from its training split, 4,000 test images
-from its test split, each class-balanced, in an order drawn once with seed 0.
+Fashion-MNIST is the work of Zalando SE (https://github.com/zalandoresearch/fashion-mnist), under
+the MIT licence that stands beside the sample.  1,000 labelled and 8,000 unlabelled images come from
+its training split, 4,000 test images from its test split, each class-balanced, in an order drawn
+once with seed 0.
 """
 
 import argparse
@@ -21,17 +22,17 @@ SAMPLE = Path(__file__).parent / "sample" / "fashion_mnist.npz.xz"
 SIZES = {"train": 1000, "unlabelled": 8000, "test": 4000}
 # Of the unpacked files, so that the sample can be made again bit by bit.
 SHA256 = {
-    "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    "train-images-idx3": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 
 
 def read_idx(path: Path, header: int) -> np.ndarray:
     """The bytes of a gzipped IDX file after its header (16 bytes for images, 8 for labels)."""
     raw = gzip.decompress(path.read_bytes())
-    if hashlib.sha256(raw).hexdigest() != SHA256[path.name]:
+    if hashlib.sha256(raw).hexdigest() != SHA256[path.name.removesuffix("-ubyte.gz")]:
         raise SystemExit(f"error: {path} does not hold the original data of Fashion-MNIST")
     return np.frombuffer(raw, np.uint8, offset=header)
 

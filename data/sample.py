@@ -10,8 +10,18 @@ from data.datasets import DataConfig, Dataset
 from data.images import Images
 from data.make_sample import SAMPLE
 
-CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat",
-           "sandal", "shirt", "sneaker", "bag", "ankle boot"]  # fmt: skip
+CLASSES = [
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+]
 
 
 def prepare(root: Path, data: DataConfig) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.config import option
+from training.config import UserError, option
 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 
@@ -37,14 +37,19 @@ class ViewConfig:
     def supervised(cls, area: list[float], flip_p: float, jitter: float) -> "ViewConfig":
         """Crop, flip and a little jitter: the augmentation of labelled training."""
         return cls(
-            area=area, flip_p=flip_p, jitter_p=float(jitter > 0), brightness=jitter,
-            contrast=jitter, saturation=0.0, hue=0.0, grey_p=0.0, blur_p=0.0,
-        )  # fmt: skip
+            area=area,
+            flip_p=flip_p,
+            jitter_p=float(jitter > 0),
+            brightness=jitter,
+            contrast=jitter,
+            saturation=0.0,
+            hue=0.0,
+            grey_p=0.0,
+            blur_p=0.0,
+        )
 
     def check(self, label: str) -> None:
         """UserError unless each from-to pair is one."""
-        from training.config import UserError
-
         for name in ("area", "aspect", "blur_sigma"):
             pair = getattr(self, name)
             if len(pair) != 2 or pair[0] > pair[1]:

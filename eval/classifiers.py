@@ -60,9 +60,14 @@ def accuracy(logits: Tensor, labels) -> float:
 
 
 def fit(
-    head: str, features: Tensor, labels: Tensor, classes: int, linear: LinearConfig,
-    mlp: MLPConfig, seed: int,
-) -> Classifier:  # fmt: skip
+    head: str,
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    linear: LinearConfig,
+    mlp: MLPConfig,
+    seed: int,
+) -> Classifier:
     """The head called "linear" or "mlp" on frozen features (N, D) and int64 labels."""
     if head == "linear":
         return fit_linear(features, labels, classes, linear.strength)
@@ -85,9 +90,13 @@ def logistic_regression(
     theta = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype) if start is None else start.clone()
     theta.requires_grad_(True)
     solver = torch.optim.LBFGS(
-        [theta], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-10, history_size=20,
+        [theta],
+        max_iter=300,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        history_size=20,
         line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    )
 
     def closure():
         solver.zero_grad()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from data.images import Images
 from data.views import frame
-from training.distributed import sum_over_ranks
+from training.distributed import SINGLE, Processes, sum_over_ranks
 
 
 @torch.no_grad()
@@ -16,10 +16,7 @@ def extract(
     mean: list[float],
     std: list[float],
     sizes: tuple[int, int] = (0, 0),
-    *,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    processes: Processes = SINGLE,
     batch_size: int = 256,
 ) -> Tensor:
     """The encoder's output for every image, in order: (N, feature_size) float32, on the CPU.
@@ -27,11 +24,11 @@ def extract(
     sizes   short side and centre crop, see `frame`
     Each rank computes blocks of its own; the sum puts them together without padding.
     """
-    was_training = encoder.training
+    was_training, device = encoder.training, processes.device
     encoder.eval()
     mean_, std_ = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
     features = None
-    for block in range(rank, -(-len(images) // batch_size), world_size):
+    for block in range(processes.rank, -(-len(images) // batch_size), processes.world_size):
         rows = np.arange(block * batch_size, min((block + 1) * batch_size, len(images)))
         x = frame(images.gather(rows).to(device), *sizes)
         x = ((x - mean_) / std_).contiguous(memory_format=torch.channels_last)

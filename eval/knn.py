@@ -62,8 +62,7 @@ class HeldOutKNN:
     def top1(self, encoder, processes) -> float:
         """The figure in percent, the same on all ranks; `seconds` then tells what it took."""
         begun, n = time.perf_counter(), self.queries
-        features = extract(encoder, self.images, *self.how, device=processes.device,
-                           rank=processes.rank, world_size=processes.world_size)  # fmt: skip
+        features = extract(encoder, self.images, *self.how, processes)
         top1 = knn_top1(features[n:], self.labels[n:], features[:n], self.labels[:n])
         self.seconds = time.perf_counter() - begun
         return top1

@@ -7,9 +7,38 @@ from pathlib import Path
 import numpy as np
 
 # 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-        2.052, 2.048, 2.045, 2.042)  # fmt: skip
+T975 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+)
 
 # Named before any figure was seen; printed whatever their sign.
 CLAIMS = (
@@ -49,8 +78,11 @@ class Cells:
 
     def matrix(self, name: str, init: str, labels: int) -> np.ndarray:
         """Top-1 of one row and budget: (seeds, draws); a row without seeds has one."""
-        found = {(c["seed"], c["draw"]): c["top1"] for c in self.cells.values()
-                 if (c["name"], c["init"], c["labels"]) == (name, init, labels)}  # fmt: skip
+        found = {
+            (c["seed"], c["draw"]): c["top1"]
+            for c in self.cells.values()
+            if (c["name"], c["init"], c["labels"]) == (name, init, labels)
+        }
         seeds, draws = sorted({s for s, _ in found}), sorted({d for _, d in found})
         return np.array([[found.get((s, d), np.nan) for d in draws] for s in seeds])
 
@@ -65,14 +97,20 @@ class Cells:
             values = self.matrix(*key)
             same = [c for c in self.cells.values() if tuple(c[k] for k in KEY[:3]) == key]
             per_draw = values.mean(0)
-            table.append({
-                **dict(zip(KEY, key, strict=False)), "protocol": cell["protocol"],
-                "top1_mean": round(float(per_draw.mean()), 3),
-                "top1_std": round(float(per_draw.std(ddof=1)), 3) if len(per_draw) > 1 else None,
-                "draws": values.shape[1], "pretrain_seeds": values.shape[0],
-                "test_images": cell["test_images"],
-                "seconds": round(float(np.mean([c["seconds"] for c in same])), 2),
-            })  # fmt: skip
+            table.append(
+                {
+                    **dict(zip(KEY, key, strict=False)),
+                    "protocol": cell["protocol"],
+                    "top1_mean": round(float(per_draw.mean()), 3),
+                    "top1_std": round(float(per_draw.std(ddof=1)), 3)
+                    if len(per_draw) > 1
+                    else None,
+                    "draws": values.shape[1],
+                    "pretrain_seeds": values.shape[0],
+                    "test_images": cell["test_images"],
+                    "seconds": round(float(np.mean([c["seconds"] for c in same])), 2),
+                }
+            )
         return table
 
     def claims(self, method: str) -> list[dict]:
@@ -93,13 +131,20 @@ class Cells:
                     a, b = a[:, :draws], theirs[:, :draws]
                     difference = a - (b if len(a) == len(b) else b.mean(0, keepdims=True))
                     mean, half = paired_interval(difference)
-                    found.append({
-                        "claim": f"{ours} - {control}", "meaning": meaning, "init": init,
-                        "labels": labels, "difference": round(mean, 3),
-                        "interval": None if half is None else
-                        [round(mean - half, 3), round(mean + half, 3)],
-                        "draws": draws, "pretrain_seeds": len(a),
-                    })  # fmt: skip
+                    found.append(
+                        {
+                            "claim": f"{ours} - {control}",
+                            "meaning": meaning,
+                            "init": init,
+                            "labels": labels,
+                            "difference": round(mean, 3),
+                            "interval": None
+                            if half is None
+                            else [round(mean - half, 3), round(mean + half, 3)],
+                            "draws": draws,
+                            "pretrain_seeds": len(a),
+                        }
+                    )
         return found
 
 
@@ -129,8 +174,11 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
     """The table as text: one line a row, one column a label budget."""
     budgets = sorted({r["labels"] for r in rows})
     lines = [f"# {title}", "", *notes, ""]
-    lines += ["| row | init | " + " | ".join(f"{b:,} labels" for b in budgets)
-              + " | draws x seeds | seconds | protocol |"]  # fmt: skip
+    lines += [
+        "| row | init | "
+        + " | ".join(f"{b:,} labels" for b in budgets)
+        + " | draws x seeds | seconds | protocol |"
+    ]
     lines += ["|---|---|" + "---|" * len(budgets) + "---|---|---|"]
     for name, init in dict.fromkeys((r["name"], r["init"]) for r in rows):
         mine = {r["labels"]: r for r in rows if (r["name"], r["init"]) == (name, init)}
@@ -140,18 +188,28 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
             r = mine.get(budget)
             spread = "" if not r or r["top1_std"] is None else f" ± {r['top1_std']:.1f}"
             figures.append(f"{r['top1_mean']:.1f}{spread}" if r else "")
-        lines.append(f"| {name} | {init} | " + " | ".join(figures) + f" | {first['draws']} x "
-                     f"{first['pretrain_seeds']} | {first['seconds']:.1f} | {first['protocol']} |")  # fmt: skip
+        count = f"{first['draws']} x {first['pretrain_seeds']}"
+        cells = [name, init, *figures, count, f"{first['seconds']:.1f}", first["protocol"]]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Top-1 in percent, mean ± standard deviation over label draws.", ""]
-    lines += ["| claim, named beforehand | init | labels | difference | 95 % interval | holds |",
-              "|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "| claim, named beforehand | init | labels | difference | 95 % interval | holds |",
+        "|---|---|---|---|---|---|",
+    ]
     for c in claims:
         interval = c["interval"]
         text = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "one draw: none"
-        holds = "not shown" if not interval else "yes" if interval[0] > 0 else (
-            "no, the opposite" if interval[1] < 0 else "not shown")  # fmt: skip
-        lines.append(f"| {c['claim']} ({c['meaning']}) | {c['init']} | {c['labels']:,} | "
-                     f"{c['difference']:+.2f} | {text} | {holds} |")  # fmt: skip
+        holds = (
+            "not shown"
+            if not interval
+            else "yes"
+            if interval[0] > 0
+            else ("no, the opposite" if interval[1] < 0 else "not shown")
+        )
+        lines.append(
+            f"| {c['claim']} ({c['meaning']}) | {c['init']} | {c['labels']:,} | "
+            f"{c['difference']:+.2f} | {text} | {holds} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -167,21 +225,32 @@ def picture(rows: list[dict], path: Path, title: str) -> None:
     several = len({init for _, init in names if init != "none"}) > 1
     ends = []
     for i, (name, init) in enumerate(names):
-        mine = sorted((r for r in rows if (r["name"], r["init"]) == (name, init)),
-                      key=lambda r: r["labels"])  # fmt: skip
+        mine = sorted(
+            (r for r in rows if (r["name"], r["init"]) == (name, init)), key=lambda r: r["labels"]
+        )
         # a small sideways shift keeps error bars apart
         x = [r["labels"] * 1.015 ** (i - len(names) / 2) for r in mine]
         y, error = [r["top1_mean"] for r in mine], [r["top1_std"] or 0 for r in mine]
         label = f"{name} ({init})" if several and init != "none" else name
         control = name in ("raw-pixels", "random-encoder", "imagenet-features", "baseline")
-        line = axes.errorbar(x, y, error, capsize=3, marker="o", ms=4, lw=1.6, color=f"C{i}",
-                             ls="--" if control else "-")  # fmt: skip
+        line = axes.errorbar(
+            x,
+            y,
+            error,
+            capsize=3,
+            marker="o",
+            ms=4,
+            lw=1.6,
+            color=f"C{i}",
+            ls="--" if control else "-",
+        )
         ends.append([y[-1], x[-1], label, line[0].get_color()])
     _spread(ends, gap=(axes.get_ylim()[1] - axes.get_ylim()[0]) / 22)
     right = max(r["labels"] for r in rows)
     for y, _, label, colour in ends:
-        axes.annotate(label, (right * 1.12, y), color=colour, va="center", fontsize=9,
-                      annotation_clip=False)  # fmt: skip
+        axes.annotate(
+            label, (right * 1.12, y), color=colour, va="center", fontsize=9, annotation_clip=False
+        )
     axes.set_xscale("log")
     budgets = sorted({r["labels"] for r in rows})
     axes.set_xticks(budgets, [f"{b:,}" for b in budgets])

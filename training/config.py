@@ -16,6 +16,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 PLAIN = ("data", "encoder", "optim", "run")
+# Tables of other scripts in a recipe are not ours to judge, nor are those of other methods.
+KNOWN_TABLES = (
+    *PLAIN,
+    "view1",
+    "view2",
+    "byol",
+    "baseline",
+    "linear",
+    "mlp",
+    "finetune",
+    "reproduce",
+)
+VARIANTS = Path(__file__).parent.parent / "variants"
 
 
 class UserError(Exception):
@@ -99,16 +112,19 @@ class RunConfig:
     )
     keep: int = option(2, "checkpoints kept", low=2, trajectory=False)
     check_every: int = option(
-        0, "steps between looks at stop and NaN flags (0: 1 on CPU, 20 on CUDA)", low=0,
+        0,
+        "steps between looks at stop and NaN flags (0: 1 on CPU, 20 on CUDA)",
+        low=0,
         trajectory=False,
-    )  # fmt: skip
+    )
     knn_every: int = option(1000, "steps between k-NN figures (0: never)", low=0, trajectory=False)
     stop_after: int = option(
         0, "stop after this step, schedules unchanged (0: run all)", low=0, trajectory=False
     )
     online_probe: bool = option(False, "train a linear layer beside, on detached representations")
-    dist_timeout: float = option(600, "seconds until a stalled process is an error", low=1,
-                                 trajectory=False)  # fmt: skip
+    dist_timeout: float = option(
+        600, "seconds until a stalled process is an error", low=1, trajectory=False
+    )
     quiet: bool = option(False, "print errors only", trajectory=False)
     debug: bool = option(False, "show tracebacks", trajectory=False)
 
@@ -248,10 +264,9 @@ def read_config(
     if given["recipe"]:
         source = f"--recipe {given['recipe']}"
         tables = read_recipe(given["recipe"])
-        unknown = [t for t in tables if t not in sections and t not in PLAIN + KNOWN_TABLES]
-        if unknown and not any(Path(p).joinpath(f"{unknown[0]}.py").exists() for p in METHODS):
-            raise UserError(f"{source}: unknown table [{unknown[0]}]"
-                            + _near(unknown[0], PLAIN + KNOWN_TABLES))  # fmt: skip
+        for table in tables:
+            if table not in (*sections, *KNOWN_TABLES) and not (VARIANTS / f"{table}.py").exists():
+                raise UserError(f"{source}: unknown table [{table}]" + _near(table, KNOWN_TABLES))
         _layer(values, sections, tables, own, source)
     for key, value in flags.items():
         section, name = key.split(".")
@@ -263,11 +278,6 @@ def read_config(
     if own in sections:
         config.method = getattr(config, own)
     return config
-
-
-# Tables of other scripts in a recipe are not ours to judge; neither are those of other methods.
-KNOWN_TABLES = ("view1", "view2", "byol", "baseline", "linear", "mlp", "finetune", "reproduce")
-METHODS = ("variants",)
 
 
 def as_dict(config: SimpleNamespace) -> dict:

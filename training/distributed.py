@@ -39,6 +39,9 @@ class Processes:
         return self.rank == 0
 
 
+SINGLE = Processes(0, 1, torch.device("cpu"))
+
+
 def pick_device(device: str) -> str:
     """auto -> cuda where there is one, else cpu."""
     if device == "cuda" and not torch.cuda.is_available():

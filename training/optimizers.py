@@ -12,9 +12,7 @@ class LARS(Optimizer):
     """
 
     def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0, eta=1e-3) -> None:
-        defaults = dict(
-            lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=True
-        )  # fmt: skip
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=True)
         super().__init__(params, defaults)
 
     @torch.no_grad()

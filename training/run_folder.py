@@ -15,6 +15,8 @@ from tqdm import tqdm
 from training.config import UserError
 from training.distributed import Processes, sum_over_ranks
 
+SECONDS_A_LINE = 30  # where there is no terminal for a progress bar
+
 
 def say(processes: Processes, text: str) -> None:
     """Print on the main process only, unless --quiet."""
@@ -41,6 +43,7 @@ class RunFolder:
     ) -> None:
         self.out, self.processes, self.writer, self.bar = out, processes, None, None
         self.lock = self.metrics = None
+        self.next_line = time.monotonic() + SECONDS_A_LINE
         self.clock, self.images, self.total = time.perf_counter(), 0, 0
         if not processes.main:
             return
@@ -81,10 +84,14 @@ class RunFolder:
 
             self.writer = SummaryWriter(str(self.out), purge_step=start or None)
         self.bar = tqdm(
-            total=stop * batch_size, initial=start * batch_size, desc=label, unit=" images",
-            unit_scale=True, dynamic_ncols=True,
+            total=stop * batch_size,
+            initial=start * batch_size,
+            desc=label,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
             disable=self.processes.quiet or not sys.stderr.isatty(),
-        )  # fmt: skip
+        )
         self.clock = time.perf_counter()
 
     def log(self, step, every: int, **extra: float) -> None:
@@ -121,7 +128,8 @@ class RunFolder:
         knn = f" knn {row['knn_top1']:.1f}" if "knn_top1" in row else ""
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(f"loss {row['loss']:.3f}{knn}", refresh=False)
-        elif knn and not self.processes.quiet:
+        elif not self.processes.quiet and (knn or time.monotonic() > self.next_line):
+            self.next_line = time.monotonic() + SECONDS_A_LINE
             text = f"step {row['step'] + 1}/{self.total}  loss {row['loss']:.3f} {knn}"
             print(f"{text}  {row['images_per_second']} images/s", flush=True)
 
@@ -167,8 +175,12 @@ def git_commit() -> str:
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
         return found.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -25,8 +25,11 @@ class Weights:
 
     def tables(self) -> dict:
         """Defaults for an evaluation: the run's data set and sizes, and the encoder's shape."""
-        data = {k: v for k, v in self.config.get("data", {}).items()
-                if k not in ("labels", "draw", "fold", "evaluate_on", "download")}  # fmt: skip
+        data = {
+            k: v
+            for k, v in self.config.get("data", {}).items()
+            if k not in ("labels", "draw", "fold", "evaluate_on", "download")
+        }
         shape = {k: self.meta[k] for k in ("arch", "stem", "width", "init") if k in self.meta}
         return {"data": data, "encoder": shape}
 
@@ -111,8 +114,9 @@ def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> N
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{source} does not fit --arch, --stem, --width: "
-                        + "; ".join(problems[:3]) + more)  # fmt: skip
+        raise UserError(
+            f"{source} does not fit --arch, --stem, --width: " + "; ".join(problems[:3]) + more
+        )
     encoder.load_state_dict(state)
 
 

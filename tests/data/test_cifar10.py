@@ -1,0 +1,109 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from data import cifar10
+from data.datasets import DataConfig
+from training.config import UserError
+
+
+def rows(count, seed):
+    return np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
+
+
+def write(root):
+    """Three images in each of the five train files and four in the test file, in CIFAR's format."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    names = [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]
+    for seed, name in enumerate(names):
+        count = 4 if name == "test_batch" else 3
+        labels = [(seed + n) % 10 for n in range(count)]
+        batch = {"data": rows(count, seed), "labels": labels}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    meta = {"label_names": cifar10.CLASSES}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    import torchvision.datasets.cifar as cifar
+
+    write(tmp_path)
+    monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: True)
+    return tmp_path
+
+
+def test_pixels_and_labels_are_those_of_the_pickles(root):
+    cifar10.prepare(root, DataConfig())
+    data = cifar10.load(root, DataConfig())
+    assert (len(data.train), len(data.test), data.unlabelled) == (15, 4, None)
+    assert data.train.shape == (32, 32)
+    # CIFAR's rows: 1024 red, 1024 green, 1024 blue, each row by row
+    got = data.train.gather(np.array([4, 14])).numpy()
+    assert np.array_equal(got[0].reshape(-1), rows(3, 1)[1])
+    assert np.array_equal(got[1].reshape(-1), rows(3, 4)[2])
+    assert np.array_equal(data.test.gather(np.array([3])).numpy().reshape(-1), rows(4, 5)[3])
+    expected = [(seed + n) % 10 for seed in range(5) for n in range(3)]
+    assert data.train_labels.tolist() == expected and data.train_labels.dtype == np.int64
+    assert data.test_labels.tolist() == [5, 6, 7, 8]
+    assert data.class_names[0] == "airplane" and data.class_names[9] == "truck"
+
+
+def test_packs_are_made_once_and_mapped(root):
+    cifar10.prepare(root, DataConfig())
+    for path in (root / "cifar-10-batches-py").iterdir():
+        path.unlink()
+    cifar10.prepare(root, DataConfig())
+    data = cifar10.load(root, DataConfig())
+    assert isinstance(data.train.parts[0], np.memmap)
+    assert sorted(p.suffix for p in (root / "packs").iterdir()) == [".lock"] + [".npy"] * 4
+
+
+def test_a_missing_pack_is_made_again(root):
+    cifar10.prepare(root, DataConfig())
+    (root / "packs" / "cifar10-test-labels.npy").unlink()
+    cifar10.prepare(root, DataConfig())
+    assert cifar10.load(root, DataConfig()).test_labels.tolist() == [5, 6, 7, 8]
+
+
+def test_missing_data_is_one_line(tmp_path):
+    with pytest.raises(UserError) as caught:
+        cifar10.prepare(tmp_path, DataConfig())
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in ("--download", str(tmp_path), cifar10.URL))
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_corrupted_data_is_one_line_and_leaves_no_pack(root):
+    (root / "cifar-10-batches-py" / "test_batch").write_bytes(b"\x80\x04")
+    with pytest.raises(UserError):
+        cifar10.prepare(root, DataConfig())
+    assert not list((root / "packs").glob("*test*"))
+
+
+def test_a_failed_download_is_one_line_and_restores_the_timeout(tmp_path, monkeypatch):
+    import socket
+
+    import torchvision.datasets.cifar as cifar
+
+    def download(*args, **kwargs):
+        assert socket.getdefaulttimeout()  # torchvision sets none
+        raise TimeoutError("timed out\nafter a while")
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", download)
+    with pytest.raises(UserError, match="timed out after a while"):
+        cifar10.prepare(tmp_path, DataConfig(download=True))
+    assert socket.getdefaulttimeout() is None
+
+
+def test_packs_that_do_not_fit_together_are_refused(root):
+    cifar10.prepare(root, DataConfig())
+    np.save(root / "packs" / "cifar10-train-labels.npy", np.zeros(14, np.int64))
+    with pytest.raises(UserError, match="15 images but 14 labels"):
+        cifar10.load(root, DataConfig())
+    (root / "packs" / "cifar10-train-images.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="delete"):
+        cifar10.load(root, DataConfig())

@@ -1,0 +1,156 @@
+import numpy as np
+import pytest
+
+from data.datasets import DataConfig, Dataset, evaluation_sizes, label_draw, load, prepare
+from data.images import Images
+from training.config import UserError
+
+LABELS = np.random.default_rng(5).permutation(np.repeat(np.arange(5), [20, 21, 22, 23, 24]))
+
+
+def dataset(unlabelled=30, folds=None):
+    """Each image is filled with its own number: 0.. train, 100.. unlabelled, 200.. test."""
+
+    def numbered(start, count):
+        return Images([np.arange(start, start + count, dtype=np.uint8)[:, None, None, None]])
+
+    train_labels, test_labels = np.repeat(np.arange(5), 8), np.repeat(np.arange(5), 4)
+    rest = numbered(100, unlabelled) if unlabelled else None
+    return Dataset(
+        numbered(0, 40), train_labels, rest, numbered(200, 20), test_labels, list("abcde"), folds
+    )
+
+
+def numbers(images):
+    return images.gather(np.arange(len(images)))[:, 0, 0, 0].numpy()
+
+
+@pytest.mark.parametrize("count", [5, 10, 50, 100])
+def test_label_draw_is_balanced_sorted_and_without_repeats(count):
+    chosen = label_draw(LABELS, count, draw=3)
+    assert len(chosen) == count and (np.diff(chosen) > 0).all()
+    assert (np.bincount(LABELS[chosen]) == count // 5).all()
+
+
+def test_label_draws_are_nested_in_count():
+    sets = [set(label_draw(LABELS, count, draw=1)) for count in (5, 10, 25, 50, 100)]
+    assert all(small < large for small, large in zip(sets, sets[1:], strict=False))
+
+
+def test_label_draws_repeat_and_differ_by_draw():
+    draws = [tuple(label_draw(LABELS, 25, draw)) for draw in range(6)]
+    assert len(set(draws)) == 6
+    assert draws == [tuple(label_draw(LABELS, 25, draw)) for draw in range(6)]
+
+
+def test_label_draw_reaches_all_images():
+    union = set().union(*(label_draw(LABELS, 50, draw) for draw in range(20)))
+    assert union == set(range(len(LABELS)))
+
+
+def test_zero_labels_means_all():
+    assert np.array_equal(label_draw(LABELS, 0, 7), np.arange(110))
+
+
+@pytest.mark.parametrize(
+    "count, why", [(7, "multiple of 5"), (105, "at most 100"), (3, "multiple")]
+)
+def test_label_draw_refuses(count, why):
+    with pytest.raises(UserError, match=f"--labels {count}.*{why}"):
+        label_draw(LABELS, count, 0)
+
+
+def test_pretraining_joins_train_and_unlabelled_with_labels_in_step():
+    images, labels = dataset().pretraining("train+unlabelled")
+    assert np.array_equal(numbers(images), np.r_[0:40, 100:130])
+    assert np.array_equal(labels, np.r_[np.repeat(np.arange(5), 8), np.full(30, -1)])
+
+
+def test_pretraining_on_unlabelled_alone():
+    images, labels = dataset().pretraining("unlabelled")
+    assert np.array_equal(numbers(images), np.arange(100, 130))
+    assert (labels == -1).all()
+
+
+def test_pretraining_on_unlabelled_images_that_are_missing_is_refused():
+    with pytest.raises(UserError, match="--pretrain-on unlabelled"):
+        dataset(unlabelled=0).pretraining("unlabelled")
+    images, labels = dataset(unlabelled=0).pretraining("train+unlabelled")
+    assert len(images) == len(labels) == 40
+
+
+def test_evaluation_uses_the_draw_and_the_whole_test_set():
+    split = dataset().evaluation(DataConfig(labels=10, draw=2))
+    chosen = label_draw(np.repeat(np.arange(5), 8), 10, 2)
+    assert np.array_equal(numbers(split.train), chosen)
+    assert np.array_equal(split.train_labels, chosen // 8)
+    assert np.array_equal(numbers(split.test), np.arange(200, 220))
+    assert np.array_equal(split.test_labels, np.repeat(np.arange(5), 4))
+
+
+def test_validation_is_the_rest_of_the_train_images_and_never_test():
+    split = dataset().evaluation(DataConfig(labels=15, evaluate_on="validation"))
+    used, held = numbers(split.train), numbers(split.test)
+    assert len(used) == 15 and not set(used) & set(held)
+    assert sorted([*used, *held]) == list(range(40))
+    assert np.array_equal(split.train_labels, used // 8)
+    assert np.array_equal(split.test_labels, held // 8)
+
+
+def test_validation_without_images_left_is_refused():
+    with pytest.raises(UserError, match="--evaluate-on validation"):
+        dataset().evaluation(DataConfig(labels=0, evaluate_on="validation"))
+
+
+def test_a_fold_gives_exactly_its_images():
+    folds = [np.array([5, 3, 17]), np.array([0, 39])]
+    split = dataset(folds=folds).evaluation(DataConfig(fold=1))
+    assert numbers(split.train).tolist() == [0, 39]
+    assert split.train_labels.tolist() == [0, 4]
+    with pytest.raises(UserError, match="--fold 1"):
+        dataset().evaluation(DataConfig(fold=1))
+
+
+def test_fold_and_labels_exclude_each_other():
+    with pytest.raises(UserError, match="--fold 0.*--labels"):
+        dataset(folds=[np.arange(10)]).evaluation(DataConfig(fold=0, labels=5))
+
+
+def test_evaluation_without_labels_is_refused():
+    images = Images([np.zeros((4, 3, 2, 2), np.uint8)])
+    bare = Dataset(None, None, images, None, None, [])
+    assert len(bare.pretraining("train+unlabelled")[0]) == 4
+    with pytest.raises(UserError, match="no labelled"):
+        bare.evaluation(DataConfig())
+
+
+def test_sample_has_its_sizes_and_is_balanced():
+    config = DataConfig(dataset="sample")
+    prepare(config)
+    sample = load(config)
+    assert (len(sample.train), len(sample.unlabelled), len(sample.test)) == (1000, 8000, 4000)
+    assert sample.train.shape == (28, 28)
+    assert (np.bincount(sample.train_labels) == 100).all()
+    assert (np.bincount(sample.test_labels) == 400).all()
+    assert sample.train_labels.dtype == np.int64 and len(sample.class_names) == 10
+    used = {bytes(image) for image in sample.train.parts[0]}
+    assert not used & {bytes(image) for image in sample.test.parts[0]}
+
+
+@pytest.mark.parametrize(
+    "config, store, expected",
+    [
+        (dict(), 96, (0, 0)),
+        (dict(), 28, (0, 0)),
+        (dict(crop_size=128), 160, (146, 128)),
+        (dict(crop_size=224), 256, (256, 224)),
+        (dict(eval_size=100, crop_size=64), 96, (100, 64)),
+    ],
+)
+def test_evaluation_sizes(config, store, expected):
+    assert evaluation_sizes(DataConfig(**config), (store, store)) == expected
+
+
+def test_evaluation_smaller_than_its_crop_is_refused():
+    with pytest.raises(UserError, match="--eval-size 64.*--crop-size 96"):
+        evaluation_sizes(DataConfig(eval_size=64), (96, 96))

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+
+from data.images import Images
+
+
+def pixels(count, channels=3, height=4, width=6, start=0):
+    """Every byte differs between neighbours, rows, columns and images."""
+    size = count * channels * height * width
+    flat = (np.arange(start, start + size) * 7) % 251
+    return flat.astype(np.uint8).reshape(count, channels, height, width)
+
+
+def test_gather_returns_the_asked_images_in_the_asked_order():
+    array = pixels(5)
+    got = Images([array]).gather(np.array([3, 0, 3]))
+    assert got.dtype == torch.uint8
+    assert np.array_equal(got.numpy(), np.stack([array[3], array[0], array[3]]))
+
+
+def test_gather_crosses_parts_in_any_order():
+    first, second, third = pixels(3), pixels(2, start=1000), pixels(4, start=5000)
+    images, whole = Images([first, second, third]), np.concatenate([first, second, third])
+    order = np.array([8, 2, 3, 0, 4, 5, 3])
+    assert len(images) == 9
+    assert np.array_equal(images.gather(order).numpy(), whole[order])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_column_major_files_are_turned_upright(parts):
+    upright = pixels(4, height=4, width=6)
+    stored = np.ascontiguousarray(upright.transpose(0, 1, 3, 2))
+    images = Images(np.split(stored, parts), column_major=True)
+    assert images.shape == (4, 6)
+    assert np.array_equal(images.gather(np.arange(4)).numpy(), upright)
+
+
+def test_grey_images_get_three_equal_channels():
+    array = pixels(3, channels=1)
+    got = Images([array]).gather(np.array([2, 1]))
+    assert got.shape == (2, 3, 4, 6)
+    for channel in range(3):
+        assert np.array_equal(got[:, channel].numpy(), array[[2, 1], 0])
+
+
+def test_subsets_of_subsets_index_the_original():
+    array = pixels(8)
+    images = Images([array[:5], array[5:]]).subset(np.array([7, 1, 4, 6]))
+    again = images.subset(np.array([3, 0]))
+    assert len(images) == 4 and len(again) == 2
+    assert np.array_equal(again.gather(np.array([0, 1, 0])).numpy(), array[[6, 7, 6]])
+
+
+def test_gather_reads_memory_maps_and_leaves_them_alone(tmp_path):
+    array = pixels(4)
+    np.save(tmp_path / "pack.npy", array)
+    images = Images([np.load(tmp_path / "pack.npy", mmap_mode="r")])
+    images.gather(np.array([1, 2])).zero_()
+    assert np.array_equal(images.gather(np.array([1, 2])).numpy(), array[1:3])
+
+
+def test_statistics_are_those_of_each_channel():
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (50, 3, 4, 6), dtype=np.uint8)
+    array[:, 1] //= 2
+    array[:, 2] = 255
+    mean, std = Images([array]).statistics()
+    reference = array.astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1) / 255
+    assert np.allclose(mean, reference.mean(1), atol=1e-12)
+    assert np.allclose(std[:2], reference.std(1)[:2], atol=1e-12)
+    assert std[2] == 1e-3  # a constant channel must not divide by zero
+
+
+def test_statistics_sample_the_whole_range():
+    array = np.concatenate([np.zeros((500, 3, 2, 2)), np.full((500, 3, 2, 2), 255)])
+    mean, _ = Images([array.astype(np.uint8)]).statistics(most=10)
+    assert mean == pytest.approx([0.5] * 3)

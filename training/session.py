@@ -1,0 +1,100 @@
+"""What stands between a method and its loop: optimizer, precision, checkpoints, run folder.
+
+The scripts of pretraining and of labelled training begin here and own their loops themselves.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from training import distributed
+from training.checkpoints import Checkpoints, restore, resume_state, training_state
+from training.config import as_dict
+from training.loop import Step, train_steps
+from training.optimizers import build_optimizer
+from training.precision import Precision, pick_precision
+from training.run_folder import RunFolder, git_commit
+from training.schedules import peak_rate, warmup_steps
+from training.stopping import Watch
+
+
+class Session:
+    """One training run, new or resumed.
+
+    config     with the sections data, encoder, optim, run and the method's own
+    method     a Method on the CPU; `model` is it on its device, in DDP where there are several
+    loader     a Loader over its training images
+    """
+
+    def __init__(self, config, method, loader, processes: distributed.Processes) -> None:
+        o, run = config.optim, config.run
+        self.config, self.method, self.loader, self.processes = config, method, loader, processes
+        self.total = o.total_steps(loader.steps_per_epoch)
+        self.stop = min(run.stop_after or self.total, self.total)
+        self.warmup = warmup_steps(o.warmup_epochs, loader.steps_per_epoch, self.total)
+        self.peak = peak_rate(o.optimizer, o.lr, o.batch_size)
+        if run.compile:
+            method.compile()
+        self.model = distributed.wrap(method, processes, run.batch_norm)
+        self.optimizer = build_optimizer(
+            o.optimizer, method.parameter_groups(o.weight_decay), o.momentum
+        )
+        self.precision = Precision(
+            pick_precision(run.precision, processes.device), processes.device
+        )
+        out, resume = Path(run.out), bool(run.resume)
+        self.checkpoints = Checkpoints(out / "checkpoints", run.save_every, run.keep)
+        self.folder = RunFolder(
+            out, as_dict(config), processes, resume=resume, overwrite=run.overwrite
+        )
+        state = resume_state(self.checkpoints, run.resume, config, method)
+        self.start = restore(state, method, self.optimizer, self.precision) if state else 0
+
+    @property
+    def meta(self) -> dict:
+        """What encoder.pt says of itself."""
+        e, loader = self.config.encoder, self.loader
+        meta = {"arch": e.arch, "stem": e.stem, "width": e.width, "init": e.init}
+        meta |= {"mean": loader.mean, "std": loader.std, "crop_size": loader.crop_size}
+        return meta | {
+            "method": self.method.name,
+            "step": self.total,
+            "seed": loader.seed,
+            "commit": git_commit(),
+        }
+
+    def describe(self) -> str:
+        """Device, precision, steps and the actual learning rate in one line."""
+        o, p = self.config.optim, self.processes
+        text = f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
+        text += f"{o.batch_size} images ({self.total / self.loader.steps_per_epoch:.3g} epochs), "
+        text += f"{o.optimizer}, learning rate {self.peak:g}"
+        return text + (f"; going on from step {self.start:,}" if self.start else "")
+
+    def steps(self) -> Iterator[Step]:
+        """The training steps from where the run stands; see `train_steps`."""
+        o = self.config.optim
+        self.folder.begin(self.start, self.stop, self.method.name, o.batch_size)
+        return train_steps(
+            self.model,
+            self.loader,
+            self.optimizer,
+            self.precision,
+            peak=self.peak,
+            warmup=self.warmup,
+            total=self.total,
+            start=self.start,
+            stop=self.stop,
+        )
+
+    def save_if_due(self, step: Step, watch: Watch) -> None:
+        """Read the stop and finite flags; save at the cadence, on request and at the end."""
+        due = self.checkpoints.due(step) or step.index == self.stop - 1
+        watch.look(step, self.method, saving=due)
+        if not (due or watch.stop or watch.save):
+            return
+        if self.config.run.batch_norm == "local":
+            distributed.broadcast_buffers(self.method)
+        if self.processes.main:
+            config = as_dict(self.config)
+            parts = self.method, self.optimizer, self.precision
+            self.checkpoints.save(step.index + 1, training_state(*parts, config, self.meta))
