@@ -25,11 +25,22 @@ from eval.knn import knn_top1
 from eval.table import Cells, markdown, picture
 from training import distributed
 from training.command import execute
-from training.config import EncoderConfig, RunConfig, UserError, option, read_config
+from training.config import EncoderConfig, RunConfig, UserError, option, read_config, spell
 from training.run_folder import git_commit, say, write_json
 from training.weights import initialise, load_weights, read_weights
 
-HIDE = ("labels", "draw", "fold", "init", "resume", "overwrite", "stop_after", "online_probe")
+HIDE = (
+    "labels",
+    "draw",
+    "fold",
+    "init",
+    "resume",
+    "overwrite",
+    "stop_after",
+    "online_probe",
+    "seed",
+)
+SHARED = ("data", "encoder", "run")  # sections whose flags go on to the scripts
 
 
 @dataclass
@@ -83,24 +94,12 @@ class Table:
         self.draws = range(r.first_draw, r.first_draw + r.draws)
         self.trained = range(r.first_draw, r.first_draw + r.trained_draws)
 
-    def flags(self, folder: str) -> list[str]:
-        """The command line of a script's run inside this table."""
-        c = self.config
-        return [
-            "--recipe",
-            c.recipe,
-            "--out",
-            str(self.out / folder),
-            "--resume",
-            "--dataset",
-            c.data.dataset,
-            "--data-root",
-            c.data.data_root,
-            "--device",
-            c.run.device,
-            "--precision",
-            c.run.precision,
-        ]
+    def command(self, folder: str, hide: tuple = ()) -> list[str]:
+        """The command line of a script's run inside this table: ours, with its own --out."""
+        out = str(self.out / folder)
+        ours = {k: v for k, v in self.config.flags.items() if k.split(".")[0] in SHARED}
+        words = spell(ours, ("out", "quiet", "evaluate_on", "seed", *hide))
+        return ["--recipe", self.config.recipe, *words, "--out", out, "--resume"]
 
     def split(self, labels: int, draw: int):
         """The labelled images of one draw and what is measured on."""
@@ -206,7 +205,7 @@ def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: l
         begun = time.perf_counter()
         config = script.configure(
             [
-                *table.flags(folder),
+                *table.command(folder, train_baseline.HIDE),
                 *flags,
                 "--labels",
                 str(labels),
@@ -252,7 +251,7 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
         for seed in range(r.seeds):
             folder = f"{m}-{init}-seed{seed}"
             settings = train_byol.configure(
-                [*table.flags(folder), "--init", init, "--seed", str(seed)], method_class
+                [*table.command(folder), "--init", init, "--seed", str(seed)], method_class
             )
             if train_byol.run(settings, processes, method_class).get("stopped"):
                 return {"stopped": True}

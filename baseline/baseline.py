@@ -21,7 +21,7 @@ class Baseline(Method):
 
         area: list[float] = option([0.5, 1.0], "area fraction of the crops", low=0.01, high=1)
         flip_p: float = option(0.5, "probability of a mirror image", low=0, high=1)
-        jitter: float = option(0.0, "strength of brightness and contrast jitter", low=0, high=1)
+        shift: int = option(0, "shift within a zero border of this many pixels", low=0)
         label_smoothing: float = option(0.0, "cross-entropy's label smoothing", low=0, high=0.9)
 
     def __init__(self, encoder: nn.Module, config: Config, classes: int) -> None:
@@ -29,7 +29,7 @@ class Baseline(Method):
         self.head = nn.Linear(encoder.feature_size, classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.views = (ViewConfig.supervised(config.area, config.flip_p, config.jitter),)
+        self.views = (ViewConfig.supervised(config.area, config.shift, config.flip_p),)
 
     def forward(self, view: Tensor) -> dict[str, Tensor]:
         representation = self.encoder(view)

@@ -21,6 +21,7 @@ class ViewConfig:
 
     size: int = option(0, "side of the view, pixels (0: --crop-size)", low=0)
     area: list[float] = option([0.08, 1.0], "area fraction of the crop, from to", low=0.001, high=1)
+    shift: int = option(0, "zero border around the image before the crop, pixels", low=0)
     aspect: list[float] = option([0.75, 4 / 3], "width / height of the crop, from to", low=0.1)
     flip_p: float = option(0.5, "probability of a mirror image", low=0, high=1)
     jitter_p: float = option(0.8, "probability of colour jitter, in random order", low=0, high=1)
@@ -34,19 +35,11 @@ class ViewConfig:
     solarize_p: float = option(0.0, "probability of inverting pixels >= 0.5", low=0, high=1)
 
     @classmethod
-    def supervised(cls, area: list[float], flip_p: float, jitter: float) -> "ViewConfig":
-        """Crop, flip and a little jitter: the augmentation of labelled training."""
-        return cls(
-            area=area,
-            flip_p=flip_p,
-            jitter_p=float(jitter > 0),
-            brightness=jitter,
-            contrast=jitter,
-            saturation=0.0,
-            hue=0.0,
-            grey_p=0.0,
-            blur_p=0.0,
-        )
+    def supervised(cls, area: list[float], shift: int, flip_p: float) -> "ViewConfig":
+        """Crop or shift, and flip: the augmentation of labelled training."""
+        aspect = [0.75, 4 / 3] if area[0] < 1 else [1.0, 1.0]
+        off = dict(jitter_p=0.0, grey_p=0.0, blur_p=0.0)
+        return cls(area=area, shift=shift, aspect=aspect, flip_p=flip_p, **off)
 
     def check(self, label: str) -> None:
         """UserError unless each from-to pair is one."""
@@ -77,8 +70,8 @@ def draw(view: ViewConfig, count: int, height: int, width: int, rng: np.random.G
     h = np.clip(np.rint(np.sqrt(area / ratio)), 1, height).astype(np.int64)
     w = np.clip(np.rint(np.sqrt(area * ratio)), 1, width).astype(np.int64)
     drawn = {
-        "top": rng.integers(0, height - h + 1),
-        "left": rng.integers(0, width - w + 1),
+        "top": rng.integers(-view.shift, height - h + 1 + view.shift),
+        "left": rng.integers(-view.shift, width - w + 1 + view.shift),
         "h": h,
         "w": w,
     }
@@ -98,8 +91,8 @@ def apply(images: Tensor, view: ViewConfig, drawn: dict, size: int, dtype=torch.
     device = images.device
     t = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in drawn.items()}
     x = images.to(dtype) / 255
-    rows = resize_matrix(t["top"], t["h"], x.shape[2], size, dtype)
-    columns = resize_matrix(t["left"], t["w"], x.shape[3], size, dtype)
+    rows = resize_matrix(t["top"], t["h"], x.shape[2], size, dtype, view.shift)
+    columns = resize_matrix(t["left"], t["w"], x.shape[3], size, dtype, view.shift)
     columns = torch.where(t["flip"][:, None, None], columns.flip(1), columns)
     x = separable(x, rows, columns).clamp_(0, 1)
     x = colour_jitter(x, view, drawn, t)
@@ -134,12 +127,18 @@ def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return torch.matmul(rows[:, None], x)
 
 
-def resize_matrix(start: Tensor, length: Tensor, full: int, size: int, dtype) -> Tensor:
+def resize_matrix(
+    start: Tensor, length: Tensor, full: int, size: int, dtype, border: int = 0
+) -> Tensor:
     """Crop and antialiased bicubic resize along one axis, a (size, full) matrix for each image.
 
     Keys' cubic with a = -0.5; the window is cut at the crop's edge and renormalised, as in
-    torchvision's float `resized_crop(..., BICUBIC, antialias=True)`.
+    torchvision's float `resized_crop(..., BICUBIC, antialias=True)`.  The crop may reach `border`
+    pixels beyond the image, where it is zero.
     """
+    if border:
+        matrix = resize_matrix(start + border, length, full + 2 * border, size, dtype)
+        return matrix[:, :, border : border + full].contiguous()
     start, length = start[:, None, None], length[:, None, None]
     scale = length.to(dtype) / size
     stretch = scale.clamp(min=1)

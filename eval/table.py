@@ -57,7 +57,10 @@ class Cells:
 
     def __init__(self, path: Path, write: bool) -> None:
         self.path, self.write, self.cells = path, write, {}
-        for line in path.read_text().splitlines() if path.exists() else []:
+        text = path.read_text() if path.exists() else ""
+        if write and text and not text.endswith("\n"):  # the next cell gets a line of its own
+            path.write_text(text + "\n")
+        for line in text.splitlines():
             try:
                 cell = json.loads(line)
             except json.JSONDecodeError:  # cut short by a crash: measured again

@@ -33,13 +33,19 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.close(folder)
 
 
-def save_file(path: Path, state: dict) -> str:
-    """Serialise `state` to `path`, whole or not at all; returns its SHA-256."""
+def save_file(path: Path, state: dict, checksum: bool = False) -> str:
+    """Serialise `state` to `path`, whole or not at all; returns its SHA-256.
+
+    The checksum's file goes first: a kill in between leaves no checkpoint that can't be verified.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getbuffer()
+    digest = hashlib.sha256(data).hexdigest()
+    if checksum:
+        write_atomically(path.with_suffix(".sha256"), f"{digest}  {path.name}\n".encode())
     write_atomically(path, data)
-    return hashlib.sha256(data).hexdigest()
+    return digest
 
 
 def load_file(path: Path, flag: str) -> dict:
@@ -71,8 +77,7 @@ class Checkpoints:
         """Write one checkpoint, verify it, then remove all but the newest `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{steps_done:08d}.pt"
-        digest = save_file(path, state | {"schema": SCHEMA, "step": steps_done})
-        write_atomically(path.with_suffix(".sha256"), f"{digest}  {path.name}\n".encode())
+        save_file(path, state | {"schema": SCHEMA, "step": steps_done}, checksum=True)
         if reason := rejected(path):
             raise UserError(f"{path}: written, but {reason}; is the disk failing?")
         for old in self.list()[: -self.keep]:

@@ -28,7 +28,10 @@ def execute(
     argv = sys.argv[1:] if argv is None else argv
     try:
         config = configure(argv)
-        check_free(Path(config.run.out), bool(config.run.resume), config.run.overwrite)
+        resume = config.run.resume
+        check_free(Path(config.run.out), bool(resume), config.run.overwrite)
+        if resume not in ("", "auto") and not Path(resume).is_file():
+            raise UserError(f"--resume {resume}: no such file")
         distributed.relaunch_if_needed(config.run.gpus, config.run.device, argv)
         datasets.prepare(config.data)
         processes = distributed.start(

@@ -208,7 +208,7 @@ def _parser(description, sections, values, extra, hide) -> argparse.ArgumentPars
     for flags, keywords in extra:
         parser.add_argument(*flags, **keywords)
     for section, cls in sections.items():
-        title = (cls.__doc__ or section).splitlines()[0]
+        title = (cls.__doc__ or section).splitlines()[0].rstrip(".")
         group = parser.add_argument_group(title)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -274,10 +274,25 @@ def read_config(
         kind = typing.get_type_hints(sections[section])[name]
         values[section][name] = check(value, field, kind, _flag(section, name))
     config = SimpleNamespace(**{s: cls(**values[s]) for s, cls in sections.items()}, **given)
-    config.sections = tuple(sections)
+    config.sections, config.flags = tuple(sections), flags
     if own in sections:
         config.method = getattr(config, own)
     return config
+
+
+def spell(flags: dict, hide: tuple = ()) -> list[str]:
+    """The command line that gives `flags` ({"run.device": "cpu", ...}) again, less those hidden."""
+    words = []
+    for key, value in flags.items():
+        section, name = key.split(".")
+        if name in hide:
+            continue
+        if isinstance(value, bool):
+            words.append(_flag(section, name if value else f"no_{name}"))
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [_flag(section, name), *map(str, values)]
+    return words
 
 
 def as_dict(config: SimpleNamespace) -> dict:

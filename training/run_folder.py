@@ -49,6 +49,8 @@ class RunFolder:
             return
         check_free(out, resume, overwrite)
         if overwrite and not resume and (out / "config.json").exists():
+            self._take_lock()  # not from under a run that is still writing
+            self.lock.close()
             out.rename(out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
         out.mkdir(parents=True, exist_ok=True)
         self._take_lock()

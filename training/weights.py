@@ -128,7 +128,9 @@ def imagenet_weights(arch: str, stem: str, width: float) -> dict[str, Tensor]:
         raise UserError(f"--init imagenet needs --stem imagenet --width 1, not {stem} and {width}")
     weights = models.get_model_weights(arch)["IMAGENET1K_V1"]
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu")
+        return weights.get_state_dict(
+            progress=True, check_hash=True, map_location="cpu", weights_only=True
+        )
     except Exception as error:  # urllib and torch.hub raise many kinds
         target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
