@@ -8,6 +8,9 @@ table reports take the place of the test images.
 """
 
 import dataclasses
+import json
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,16 +210,8 @@ def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: l
             [
                 *table.command(folder, train_baseline.HIDE),
                 *flags,
-                "--labels",
-                str(labels),
-                "--draw",
-                str(draw),
-                "--seed",
-                str(draw),
-                "--save-every",
-                "0",
-                "--evaluate-on",
-                table.config.data.evaluate_on,
+                *f"--labels {labels} --draw {draw} --seed {draw} --save-every 0".split(),
+                *("--evaluate-on", table.config.data.evaluate_on),
             ]
         )
         result = script.run(config, table.quiet)
@@ -224,19 +219,13 @@ def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: l
             raise SystemExit(75)
         if result.get("complete"):  # killed between its result and this table's
             result = read_result(table.out / folder)
-        table.add(
-            key,
-            result["top1"],
-            time.perf_counter() - begun,
-            "crop + flip, full frame at test",
-            result["images"],
-        )
+        protocol = f"all weights trained, {result['steps']:,} steps of {config.optim.optimizer}"
+        seconds = time.perf_counter() - begun
+        table.add(key, result["top1"], seconds, protocol, result["images"])
 
 
 def read_result(folder: Path) -> dict:
     """A finished run's result.json."""
-    import json
-
     return json.loads((folder / "result.json").read_text())
 
 
@@ -288,7 +277,7 @@ def report(table: Table, rows, claims, costs: list[float], total: float) -> None
         f"{table.processes.device.type}, {torch.get_num_threads()} threads; `seconds` is the time "
         "of one cell beyond that.",
         "",
-        f"`python reproduce.py --recipe {c.recipe}`, commit {git_commit()}.",
+        f"`python reproduce.py {shlex.join(sys.argv[1:])}`, commit {git_commit()}.",
     ]
     if "imagenet" in c.reproduce.inits and c.data.dataset == "stl10":
         notes += ["", "STL-10's images come from ImageNet: its weights have seen these classes."]
