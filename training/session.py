@@ -46,8 +46,12 @@ class Session:
         self.folder = RunFolder(
             out, as_dict(config), processes, resume=resume, overwrite=run.overwrite
         )
-        state = resume_state(self.checkpoints, run.resume, config, method)
-        self.start = restore(state, method, self.optimizer, self.precision) if state else 0
+        try:
+            state = resume_state(self.checkpoints, run.resume, config, method)
+            self.start = restore(state, method, self.optimizer, self.precision) if state else 0
+        except BaseException:
+            self.folder.close()  # or this process would hold the lock for as long as it lives
+            raise
 
     @property
     def meta(self) -> dict:

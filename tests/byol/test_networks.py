@@ -1,0 +1,92 @@
+"""The encoder against torchvision's ResNet; heads and stems against the specification."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from byol.networks import Encoder, mlp, parameter_count
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_encoder_has_torchvisions_names_and_shapes(arch):
+    with torch.device("meta"):  # shapes alone
+        theirs = getattr(torchvision.models, arch)().state_dict()
+        ours = Encoder(arch).state_dict()
+    theirs = {k: v.shape for k, v in theirs.items() if not k.startswith("fc.")}
+    assert {k: v.shape for k, v in ours.items()} == theirs
+
+
+def test_encoder_computes_what_torchvisions_does():
+    theirs, encoder = torchvision.models.resnet18(), Encoder("resnet18")
+    for buffer in (b for b in theirs.buffers() if b.is_floating_point()):
+        buffer.uniform_(0.5, 2)
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    encoder.load_state_dict(state)
+    theirs.fc = nn.Identity()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(encoder.eval()(x), theirs.eval()(x))
+    assert encoder.feature_size == 512
+
+
+@pytest.mark.parametrize(
+    "stem, side", [("imagenet", 24), ("stl", 48), ("cifar", 96), ("small", 48)]
+)
+def test_stems_reduce_as_they_say(stem, side):
+    encoder, seen = Encoder("resnet18", stem, 1 / 16), []
+    encoder.layer1.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    encoder.eval()(torch.randn(1, 3, 96, 96))
+    assert seen[0][1:] == (4, side, side)
+
+
+@pytest.mark.parametrize("arch, width, size", [("resnet18", 0.5, 256), ("resnet50", 0.125, 256)])
+def test_width_scales_every_channel_count(arch, width, size):
+    encoder = Encoder(arch, "cifar", width)
+    assert encoder.feature_size == size
+    assert encoder.eval()(torch.randn(2, 3, 8, 8)).shape == (2, size)
+    with torch.device("meta"):
+        full = {k: v.shape for k, v in Encoder(arch, "cifar").state_dict().items()}
+    for name, value in encoder.state_dict().items():
+        if value.ndim:
+            assert value.shape[0] == full[name][0] * width, name
+
+
+@pytest.mark.parametrize("zero_init", [False, True])
+@pytest.mark.parametrize("arch, last", [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_zero_init_is_the_last_scale_of_each_block(zero_init, arch, last):
+    encoder = Encoder(arch, "small", 1 / 16, zero_init)
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            zero = zero_init and name.endswith(last) and name.startswith("layer")
+            assert (module.weight == (0 if zero else 1)).all(), name
+
+
+def test_convolutions_start_as_torchvisions():
+    encoder = Encoder("resnet18", "stl", 0.5)
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05), name
+
+
+def test_heads_start_truncated_at_two_scales():
+    head = mlp(256, 1024, 128)
+    linear1, norm, relu, linear2 = head
+    assert isinstance(norm, nn.BatchNorm1d) and isinstance(relu, nn.ReLU)
+    assert (norm.eps, norm.momentum) == (1e-5, 0.1)
+    assert linear2.bias is None and (linear1.bias == 0).all()
+    assert linear1.weight.shape == (1024, 256) and linear2.weight.shape == (128, 1024)
+    for weight in (linear1.weight, linear2.weight):
+        scale = weight.shape[1] ** -0.5
+        assert 1.97 * scale < weight.abs().max() <= 2 * scale
+        # a normal cut at 2 sigma: var = 1 - 4 phi(2) / (Phi(2) - Phi(-2)) = 0.77374
+        assert weight.std().item() == pytest.approx(0.77374**0.5 * scale, rel=1e-2)
+        assert weight.mean().abs() < 4 * scale / weight.numel() ** 0.5
+
+
+def test_parameter_count_leaves_frozen_ones_out():
+    head = mlp(4, 8, 2)
+    assert parameter_count(head) == 4 * 8 + 8 + 2 * 8 + 8 * 2
+    head[3].requires_grad_(False)
+    assert parameter_count(head) == 4 * 8 + 8 + 2 * 8

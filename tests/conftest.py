@@ -1,0 +1,166 @@
+"""One thread, no GPU in this process (its children are forked), and a recipe of seconds."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+    os.environ.pop(_name, None)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import data.sample  # noqa: E402
+from data.datasets import Dataset  # noqa: E402
+from data.images import Images  # noqa: E402
+
+torch.set_num_threads(1)
+HAS_CUDA = torch.cuda.device_count() > 0
+GPU_ENVIRONMENT = dict(os.environ)
+# CUDA doesn't survive a fork; tests marked gpu run in fresh processes, which get it back.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+TINY = """
+[data]
+dataset = "sample"
+crop_size = 16
+
+[encoder]
+stem = "small"
+width = 0.125
+
+[optim]
+optimizer = "adamw"
+lr = 1e-3
+batch_size = 64
+steps = 10
+
+[run]
+threads = 1
+device = "cpu"
+precision = "fp32"
+log_every = 1
+knn_every = 0
+
+[byol]
+hidden = 64
+projection = 32
+
+[simsiam]
+projection = 32
+hidden = 16
+
+[baseline]
+optimizer = "sgd"
+lr = 0.1
+batch_size = 20
+steps = 5
+
+[finetune]
+optimizer = "sgd"
+lr = 0.1
+batch_size = 20
+steps = 5
+
+[mlp]
+hidden = 16
+steps = 20
+
+[reproduce]
+budgets = [20, 40]
+draws = 2
+trained_draws = 2
+"""
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu need one."""
+    for item in items:
+        if "gpu" in item.keywords and not HAS_CUDA:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A thread pool in this process would hang the children that are forked from it."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    """Path of a recipe that every script ends within a second."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def subset() -> Dataset:
+    """100 labelled, 220 unlabelled and 100 test images: 5 steps an epoch at batch 64."""
+    full = data.sample.load(Path("."), None)
+
+    def few(images, count):
+        return Images([images.parts[0][:count]])
+
+    def classes(images, labels):
+        rows = np.sort(np.concatenate([np.flatnonzero(labels == c)[:10] for c in range(10)]))
+        return Images([images.parts[0][rows]]), labels[rows]
+
+    train, train_labels = classes(full.train, full.train_labels)
+    test, test_labels = classes(full.test, full.test_labels)
+    unlabelled = few(full.unlabelled, 220)
+    return Dataset(train, train_labels, unlabelled, test, test_labels, full.class_names)
+
+
+@pytest.fixture
+def sample(monkeypatch, subset) -> Dataset:
+    """`--dataset sample` means the subset, in this process and in those forked from it."""
+    monkeypatch.setattr(data.sample, "load", lambda root, config: subset)
+    return subset
+
+
+def digest(value) -> str:
+    """SHA-256 of nested dicts, lists, tensors and plain values, bit by bit."""
+    sha = hashlib.sha256()
+
+    def add(item):
+        if isinstance(item, torch.Tensor):
+            item = item.detach().cpu().contiguous()
+            sha.update(str((item.dtype, tuple(item.shape))).encode())
+            sha.update(item.view(-1).view(torch.uint8).numpy().tobytes() if item.numel() else b"")
+        elif isinstance(item, dict):
+            for key in sorted(item, key=str):
+                sha.update(repr(key).encode())
+                add(item[key])
+        elif isinstance(item, list | tuple):
+            sha.update(f"{len(item)} items".encode())
+            for one in item:
+                add(one)
+        else:
+            sha.update(repr(item).encode())
+
+    add(value)
+    return sha.hexdigest()
+
+
+def state_of(out: Path, steps: int) -> dict:
+    """The training state that a run saved after `steps` steps."""
+    path = Path(out) / "checkpoints" / f"step-{steps:08d}.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def trained(out: Path, steps: int) -> str:
+    """SHA-256 of all that training has changed: networks, optimizer, scaler."""
+    state = state_of(out, steps)
+    return digest({k: state[k] for k in ("model", "optimizer", "scaler", "step")})
+
+
+def metrics(out: Path) -> list[dict]:
+    """The rows of metrics.jsonl without the time fields."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]

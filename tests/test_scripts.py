@@ -1,0 +1,277 @@
+"""The scripts as a user types them, on a tiny network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, metrics, state_of
+
+import finetune
+import linear_eval
+import reproduce
+import train_baseline
+import train_byol
+
+ROOT = Path(train_byol.__file__).parent
+TORCHRUN = ["-m", "torch.distributed.run"]  # what `torchrun` runs
+
+
+def command(*arguments, cwd=ROOT) -> subprocess.Popen:
+    """`python ...` in a process of its own, with its output in one text."""
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen, code: int = 0, limit: float = 300) -> str:
+    try:
+        output, _ = process.communicate(timeout=limit)
+    finally:
+        process.kill()
+    assert process.returncode == code, output
+    return output
+
+
+def python(*arguments, code: int = 0, cwd=ROOT) -> str:
+    return finished(command(*arguments, cwd=cwd), code)
+
+
+def test_three_spellings_are_one_run(tmp_path):
+    """Two processes against one in float32: weights to 1e-4, losses to 1e-5."""
+    recipe = tmp_path / "a recipe.toml"
+    recipe.write_text(TINY)
+    shared = [f"--recipe={recipe}", "--device", "cpu", "--optimizer", "sgd", "--steps", "3",
+              "--batch-size", "32", "--quiet"]  # fmt: skip
+    spellings = {
+        "one": ["train_byol.py"],
+        "python": ["train_byol.py", "--gpus", "2"],
+        "torchrun": [*TORCHRUN, "train_byol.py", "--gpus", "2"],
+        "nproc": [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "train_byol.py"],
+    }
+    running = {
+        name: command(*words, *shared, "--out", tmp_path / "with space" / name)
+        for name, words in spellings.items()
+    }
+    try:
+        for process in running.values():
+            finished(process)
+    finally:
+        for process in running.values():
+            process.terminate()
+    states = {name: state_of(tmp_path / "with space" / name, 3) for name in spellings}
+    rows = {name: metrics(tmp_path / "with space" / name) for name in spellings}
+    assert rows["python"] == rows["torchrun"] == rows["nproc"]
+    assert [r["loss"] for r in rows["python"]] == pytest.approx(
+        [r["loss"] for r in rows["one"]], rel=1e-5
+    )
+    for name, value in states["one"]["model"].items():
+        two = states["python"]["model"][name]
+        assert torch.equal(two, states["torchrun"]["model"][name])
+        assert torch.equal(two, states["nproc"]["model"][name])
+        torch.testing.assert_close(two, value, rtol=1e-4, atol=1e-5, msg=name)
+    config = json.loads((tmp_path / "with space" / "python" / "config.json").read_text())
+    assert "--gpus" in config["command"]
+
+
+def test_a_variant_is_a_module_with_the_same_flags(tmp_path, recipe):
+    out = tmp_path / "run"
+    flags = ["--recipe", recipe, "--out", out, "--steps", "2", "--batch-size", "32"]
+    text = python("-m", "variants.simsiam", *flags, "--gpus", "2")
+    assert "simsiam on sample" in text and "2 x cpu" in text
+    assert state_of(out, 2)["kind"] == "simsiam"
+    assert -1.01 <= metrics(out)[0]["loss"] <= 1.01
+
+
+def test_two_numbers_of_processes_that_differ(tmp_path, recipe):
+    text = python(*TORCHRUN, "--standalone", "--nproc-per-node", "2", "train_byol.py", "--recipe",
+                  recipe, "--gpus", "3", "--out", tmp_path / "run", code=1)  # fmt: skip
+    assert "--gpus 3: the launcher started 2" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrain_then_evaluate_as_the_readme_says(tmp_path, recipe):
+    """From another folder, with the default run folders."""
+    text = python(ROOT / "train_byol.py", "--recipe", recipe, cwd=tmp_path)
+    assert "next: python linear_eval.py --ckpt runs/byol-sample" in text
+    run = tmp_path / "runs" / "byol-sample"
+    assert "k-NN" not in text and (run / "result.json").exists()
+
+    text = python(ROOT / "linear_eval.py", "--ckpt", "runs/byol-sample", cwd=tmp_path)
+    result = json.loads((run / "linear" / "result.json").read_text())
+    assert (result["name"], result["images"], result["labels"]) == ("byol-linear", 4000, 1000)
+    assert 15 < result["top1"] < 90
+    assert "next: python finetune.py --ckpt runs/byol-sample" in text
+
+    flags = ["--recipe", recipe, "--labels", "40", "--draw", "1"]
+    running = [command(ROOT / "finetune.py", "--ckpt", "runs/byol-sample", *flags, cwd=tmp_path),
+               command(ROOT / "train_baseline.py", *flags, cwd=tmp_path)]  # fmt: skip
+    for process in running:
+        assert "top-1" in finished(process)
+    tuned = json.loads((run / "finetune-labels40-draw1" / "result.json").read_text())
+    base = json.loads((tmp_path / "runs" / "baseline-sample" / "result.json").read_text())
+    for result in (tuned, base):
+        assert (result["labels"], result["images"], result["steps"]) == (40, 4000, 5)
+        assert (result["measured_on"], result["draw"]) == ("test", 1)
+
+
+def test_reproduce_from_the_command_line_needs_a_recipe(tmp_path):
+    text = python("reproduce.py", "--out", tmp_path / "table", code=2)
+    assert text.startswith("error: --recipe is missing") and text.count("\n") == 1
+    assert not (tmp_path / "table").exists()
+
+
+# In this process from here on: main() is what the shell calls.
+
+
+@pytest.fixture
+def run(sample, recipe, tmp_path) -> Path:
+    out = tmp_path / "run"
+    train_byol.main(argv=["--recipe", recipe, "--out", str(out), "--quiet", "--steps", "2"])
+    return out
+
+
+CPU = ["--device", "cpu", "--threads", "1", "--quiet"]
+
+
+def test_heads_on_frozen_features(run):
+    before = torch.load(run / "encoder.pt", weights_only=True)["state_dict"]
+    linear = linear_eval.main(["--ckpt", str(run), *CPU, "--linear.strength", "0.1"])
+    flags = ["--ckpt", str(run), *CPU, "--head", "mlp", "--mlp.steps", "20", "--labels", "50"]
+    mlp = linear_eval.main(flags)
+    assert (linear["name"], linear["labels"]) == ("byol-linear", 100)
+    assert (mlp["name"], mlp["labels"]) == ("byol-mlp", 50)
+    for name in ("linear", "mlp-labels50-draw0"):
+        saved = torch.load(run / name / "classifier.pt", weights_only=True)
+        assert all(torch.equal(v, before[k]) for k, v in saved["encoder"].items())
+        assert saved["classes"][0] == "t-shirt" and saved["feature_mean"].shape == (64,)
+
+
+def test_results_are_measured_on_what_they_say(run, recipe):
+    flags = ["--ckpt", str(run), *CPU, "--recipe", recipe, "--labels", "30"]
+    result = finetune.main([*flags, "--evaluate-on", "validation"])
+    assert (result["measured_on"], result["images"], result["labels"]) == ("validation", 70, 30)
+    assert (run / "finetune-labels30-draw0-validation" / "encoder.pt").exists()
+
+
+def test_finetuning_starts_from_the_checkpoint_and_the_baseline_does_not(run, recipe, tmp_path):
+    kept = torch.load(run / "encoder.pt", weights_only=True)["state_dict"]["conv1.weight"]
+    flags = ["--recipe", recipe, *CPU, "--lr", "0", "--out"]
+    finetune.main(["--ckpt", str(run), *flags, str(tmp_path / "tuned")])
+    train_baseline.main([*flags, str(tmp_path / "base")])
+    tuned, base = (torch.load(tmp_path / name / "encoder.pt", weights_only=True)
+                   for name in ("tuned", "base"))  # fmt: skip
+    assert torch.equal(tuned["state_dict"]["conv1.weight"], kept)
+    assert not torch.equal(base["state_dict"]["conv1.weight"], kept)
+    # what the encoder was pretrained with is what its images are normalised with
+    assert tuned["meta"]["mean"] == torch.load(run / "encoder.pt")["meta"]["mean"]
+
+
+def test_reproduce_writes_every_row_and_skips_what_is_done(sample, recipe, tmp_path, capsys):
+    out = tmp_path / "table"
+    flags = ["--recipe", recipe, "--out", str(out), "--mlp.steps", "5"]
+    reproduce.main(flags)
+    rows = json.loads((out / "results.json").read_text())
+    names = ["raw-pixels", "random-encoder", "baseline", "byol-knn", "byol-linear", "byol-mlp",
+             "byol-finetune"]  # fmt: skip
+    assert {(r["name"], r["labels"]) for r in rows} == {(n, b) for n in names for b in (20, 40)}
+    assert all(r["draws"] == 2 and r["test_images"] == 100 for r in rows)
+    assert all(0 <= r["top1_mean"] <= 100 for r in rows)
+    text = (out / "results.md").read_text()
+    assert all(f"| {name} |" in text for name in names)
+    assert "byol-finetune - baseline" in text and "byol-linear - raw-pixels" in text
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+
+    def trained_files():
+        return {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}
+
+    cells, files = (out / "cells.jsonl").read_bytes(), trained_files()
+    capsys.readouterr()
+    reproduce.main(flags)
+    assert (out / "cells.jsonl").read_bytes() == cells and trained_files() == files
+    assert json.loads((out / "results.json").read_text()) == rows
+    # one cell lost: that one is measured again, to the same figure
+    lines = cells.decode().splitlines(keepends=True)
+    (out / "cells.jsonl").write_text("".join(lines[:-1]))
+    reproduce.main(flags)
+    again = (out / "cells.jsonl").read_text().splitlines()
+    assert len(again) == len(lines)
+    assert json.loads(again[-1])["top1"] == json.loads(lines[-1])["top1"]
+
+
+PRETRAIN, LABELLED = train_byol.main, train_baseline.main
+WRONG = {
+    "tau above 1": (PRETRAIN, "--byol.base-tau 1.5", "--byol.base-tau"),
+    "unknown flag": (PRETRAIN, "--no-such 1", "--no-such"),
+    "missing recipe": (PRETRAIN, "--recipe nowhere.toml", "nowhere.toml"),
+    "batch larger than the data": (PRETRAIN, "--batch-size 5000", "there are only 320"),
+    "batch of one": (PRETRAIN, "--batch-size 1", "--batch-size 1"),
+    "batch that can't be cut": (PRETRAIN, "--batch-size 10 --accumulate 4", "--batch-size 10"),
+    "missing folder": (PRETRAIN, "--dataset folder --data-root nowhere", "nowhere"),
+    "no data": (PRETRAIN, "--dataset stl10 --data-root nowhere", "--download"),
+    "missing weights": (PRETRAIN, "--init nowhere.pt", "nowhere.pt"),
+    "missing checkpoint": (PRETRAIN, "--resume nowhere.pt", "nowhere.pt"),
+    "more gpus than there are": (PRETRAIN, "--device cuda --gpus 99", "cuda"),
+    "more labels than there are": (LABELLED, "--labels 500", "--labels 500"),
+    "labels that are no multiple": (LABELLED, "--labels 15", "multiple of 10"),
+    "a fold of another data set": (LABELLED, "--fold 3", "--fold 3"),
+    "nothing left to validate on": (LABELLED, "--evaluate-on validation", "--labels"),
+    "no checkpoint": (linear_eval.main, "", "--ckpt"),
+    "missing run": (linear_eval.main, "--ckpt nowhere", "nowhere"),
+    "a folder that is no run": (finetune.main, "--ckpt .", "encoder.pt"),
+    "unknown head": (linear_eval.main, "--ckpt . --head tree", "--head"),
+}
+
+
+@pytest.mark.parametrize("main, flags, words", WRONG.values(), ids=WRONG)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    sample, recipe, tmp_path, monkeypatch, capsys, main, flags, words
+):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    base = [] if "--recipe" in flags else ["--recipe", recipe]
+    arguments = [*base, "--out", str(tmp_path / "run"), *flags.split()]
+    with pytest.raises(SystemExit) as stop:
+        main(argv=arguments)
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1, text
+    assert words in text
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_not_overwritten_unless_asked_to(run, recipe, capsys):
+    flags = ["--recipe", recipe, "--out", str(run), "--quiet", "--steps", "1"]
+    kept = (run / "encoder.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        train_byol.main(argv=flags)
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert (run / "encoder.pt").read_bytes() == kept
+    train_byol.main(argv=[*flags, "--overwrite"])
+    old = [p for p in run.parent.iterdir() if p.name.startswith("run-")]
+    assert len(old) == 1 and (old[0] / "encoder.pt").read_bytes() == kept
+
+
+def test_a_checkpoint_of_another_network_is_refused(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        linear_eval.main(["--ckpt", str(run), *CPU, "--width", "0.25"])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "--width" in text and text.count("\n") == 1
+    assert not (run / "linear").exists()
+
+
+def test_a_run_prints_what_it_does(sample, recipe, tmp_path, capsys):
+    flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--optimizer", "sgd",
+             "--lr", "0.4", "--knn-every", "5"]  # fmt: skip
+    result = train_byol.main(argv=flags)
+    text = capsys.readouterr().out
+    for words in ("320 images of 28x28", "views of 16", "resnet18", "stem small", "parameters",
+                  "1 x cpu, fp32", "10 steps of 64", "2 epochs", "learning rate 0.1"):  # fmt: skip
+        assert words in text, words
+    rows = metrics(tmp_path / "run")
+    assert [r["step"] for r in rows if "knn_top1" in r] == [4, 9]
+    assert result["knn_top1"] == rows[9]["knn_top1"] and f"{result['knn_top1']:.2f} %" in text

@@ -1,0 +1,288 @@
+"""What a crash, a broken disk or a stranger's file can do to a checkpoint: nothing."""
+
+import errno
+import os
+import pickle
+import resource
+import signal
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import forked
+import pytest
+import torch
+
+from training import checkpoints as module
+from training.checkpoints import Checkpoints, load_file, rejected, save_file, write_atomically
+from training.config import UserError
+
+
+def state(value: float) -> dict:
+    return {"model": {"weight": torch.full((4000,), value)}, "note": "plain"}
+
+
+def folder(tmp_path, *steps: int, keep: int = 2) -> Checkpoints:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=keep)
+    for step in steps:
+        checkpoints.save(step, state(step))
+    return checkpoints
+
+
+def value(found: dict) -> float:
+    return found["model"]["weight"][0].item()
+
+
+def test_what_is_saved_comes_back_with_its_step(tmp_path):
+    found = folder(tmp_path, 5).newest_valid()
+    assert value(found) == 5 and found["step"] == 5 and found["note"] == "plain"
+    assert Checkpoints(tmp_path / "empty", 1).newest_valid() is None
+
+
+def test_only_the_newest_stay(tmp_path):
+    checkpoints = folder(tmp_path, 8, 9, 10, 100, keep=2)
+    assert [p.name for p in checkpoints.list()] == ["step-00000010.pt", "step-00000100.pt"]
+    assert len(list(checkpoints.folder.iterdir())) == 4  # each with its checksum, nothing else
+    assert value(checkpoints.newest_valid()) == 100
+
+
+def test_due_at_the_cadence_and_at_the_end(tmp_path):
+    def due(every, index, last=False):
+        return Checkpoints(tmp_path, every).due(SimpleNamespace(index=index, last=last))
+
+    assert [due(3, k) for k in range(6)] == [False, False, True, False, False, True]
+    assert [due(0, k) for k in range(3)] == [False] * 3
+    assert due(0, 1, last=True) and due(100, 1, last=True)
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise RuntimeError("no pickle of me")
+
+
+def test_an_object_that_raises_while_pickling_leaves_the_old(tmp_path):
+    checkpoints = folder(tmp_path, 1)
+    before = {p.name: p.read_bytes() for p in checkpoints.folder.iterdir()}
+    with pytest.raises(RuntimeError, match="no pickle"):
+        checkpoints.save(2, {"model": Unpicklable()})
+    assert {p.name: p.read_bytes() for p in checkpoints.folder.iterdir()} == before
+
+
+def test_a_full_disk_leaves_the_old_and_no_temporary_file(tmp_path, monkeypatch):
+    checkpoints = folder(tmp_path, 1)
+    before = {p.name: p.read_bytes() for p in checkpoints.folder.iterdir()}
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(2, state(2))
+    assert {p.name: p.read_bytes() for p in checkpoints.folder.iterdir()} == before
+
+
+def save_within(checkpoints, limit: int):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        checkpoints.save(2, state(2))
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def test_a_file_that_may_not_grow_leaves_the_old(tmp_path):
+    checkpoints = folder(tmp_path, 1)
+    assert forked.run(save_within, checkpoints, 5000) == [errno.EFBIG]
+    assert len(checkpoints.list()) == 1 and not list(checkpoints.folder.glob(".*.tmp"))
+    assert value(checkpoints.newest_valid()) == 1
+
+
+def save_and_die(checkpoints, function: str, call: int, before: bool):
+    """SIGKILL at the `call`-th os.fsync or os.replace of a save, before or after it."""
+    original, calls = getattr(os, function), []
+
+    def dying(*args):
+        calls.append(args)
+        if len(calls) == call and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(*args)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(os, function, dying)
+    checkpoints.save(9, state(9))
+
+
+@pytest.mark.parametrize("old", [[], [1, 2]], ids=["first", "later"])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("function, call", [("fsync", 1), ("fsync", 2), ("fsync", 3),
+                                            ("replace", 1), ("replace", 2)])  # fmt: skip
+def test_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path, function, call, before, old):
+    checkpoints = folder(tmp_path, *old)
+    child = forked.Children(save_and_die, checkpoints, function, call, before).wait()[0]
+    assert child.code == -signal.SIGKILL
+    found = checkpoints.newest_valid()  # never an error: a first save that died is no checkpoint
+    if found is None:
+        assert not old
+    else:
+        assert value(found) == (9 if found["step"] == 9 else 2)
+    assert not list(checkpoints.folder.glob(".*"))
+    checkpoints.save(10, state(10))
+    assert value(checkpoints.newest_valid()) == 10 and len(checkpoints.list()) <= 2
+
+
+def cut(keep):
+    return lambda data: data[: keep(len(data))]
+
+
+def flip(where):
+    def change(data):
+        data = bytearray(data)
+        data[where(data)] ^= 4
+        return bytes(data)
+
+    return change
+
+
+DAMAGE = {
+    "empty": cut(lambda n: 0),
+    "half": cut(lambda n: n // 2),
+    "without its end": cut(lambda n: n - 100),
+    "a bit of a tensor": flip(lambda data: len(data) // 2),
+    "a bit of the pickle": flip(lambda data: data.index(b"plain")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, damage, capsys):
+    checkpoints = folder(tmp_path, 1, 2)
+    newest = checkpoints.list()[-1]
+    newest.write_bytes(damage(newest.read_bytes()))
+    assert value(checkpoints.newest_valid()) == 1
+    warning = capsys.readouterr().err
+    assert newest.name in warning and "checksum" in warning
+
+
+@pytest.mark.parametrize("text", ["", "0" * 64 + "  step-00000002.pt\n", None])
+def test_a_damaged_checksum_falls_back_too(tmp_path, text):
+    checkpoints = folder(tmp_path, 1, 2)
+    path = checkpoints.list()[-1].with_suffix(".sha256")
+    path.unlink() if text is None else path.write_text(text)
+    assert value(checkpoints.newest_valid()) == 1
+
+
+def test_all_damaged_is_an_error_that_lists_them(tmp_path):
+    checkpoints = folder(tmp_path, 1, 2)
+    for path in checkpoints.list():
+        path.write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        checkpoints.newest_valid()
+    assert all(p.name in str(error.value) for p in checkpoints.list())
+
+
+def test_dangling_links_and_strangers_are_no_checkpoints(tmp_path):
+    checkpoints = folder(tmp_path, 1)
+    (checkpoints.folder / "step-00000009.pt").symlink_to(tmp_path / "nowhere")
+    (checkpoints.folder / "last").symlink_to(tmp_path / "nowhere")
+    assert value(checkpoints.newest_valid()) == 1
+
+
+def test_a_write_that_the_disk_garbles_is_noticed(tmp_path, monkeypatch):
+    checkpoints = folder(tmp_path, 1, 2)
+    honest = module.write_atomically
+
+    def garble(path, data):
+        honest(path, bytes(data)[:-1] + b"?" if path.suffix == ".pt" else data)
+
+    monkeypatch.setattr(module, "write_atomically", garble)
+    with pytest.raises(UserError, match="checksum"):
+        checkpoints.save(3, state(3))
+    assert value(checkpoints.newest_valid()) == 2
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path):
+    checkpoints = folder(tmp_path, 1)
+    (checkpoints.folder / ".step-00000002.pt.tmp").write_bytes(b"half")
+    checkpoints.newest_valid()
+    assert not list(checkpoints.folder.glob(".*"))
+
+
+def test_a_file_is_replaced_and_flushed_in_the_right_order(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, n=name, o=original: (calls.append(n), o(*a))[1]
+        )  # fmt: skip
+    write_atomically(tmp_path / "a", b"new")
+    assert calls == ["fsync", "replace", "fsync"] and (tmp_path / "a").read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+class Evil:
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+def evil_zip(path: Path, function, argument) -> None:
+    torch.save({"model": Evil(function, argument)}, path)
+
+
+def evil_legacy(path: Path, function, argument) -> None:
+    torch.save({"model": Evil(function, argument)}, path, _use_new_zipfile_serialization=False)
+
+
+def evil_pickle(path: Path, function, argument) -> None:
+    path.write_bytes(pickle.dumps(Evil(function, argument)))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("write", [evil_zip, evil_legacy, evil_pickle])
+@pytest.mark.parametrize("kind", ["system", "eval"])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, write, kind):
+    sentinel, path = tmp_path / "sentinel", tmp_path / "evil.pt"
+    if kind == "system":
+        write(path, os.system, f"touch {sentinel}")
+    else:
+        write(path, eval, f"open({str(sentinel)!r}, 'w')")
+    with pytest.raises(UserError) as error:
+        load_file(path, "--ckpt")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not sentinel.exists()
+
+
+STRANGERS = {
+    "empty": b"",
+    "png": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "html": b"<!DOCTYPE html><html><body>404</body></html>",
+    "text": b"hello",
+}
+
+
+@pytest.mark.parametrize("content", STRANGERS.values(), ids=STRANGERS)
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_file(path, "--ckpt")
+    assert f"--ckpt {path}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_foreign_zip_a_folder_and_a_missing_file_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    for name in ("x.zip", ".", "missing.pt"):
+        with pytest.raises(UserError, match="--init"):
+            load_file(tmp_path / name, "--init")
+
+
+def test_rejected_says_why(tmp_path):
+    path = tmp_path / "a.pt"
+    digest = save_file(path, state(1))
+    assert "missing" in rejected(path)
+    path.with_suffix(".sha256").write_text(f"{digest}  a.pt\n")
+    assert rejected(path) == ""

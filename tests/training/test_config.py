@@ -1,0 +1,232 @@
+"""Where a value comes from, and what a mistake looks like."""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import linear_eval
+import train_baseline
+import train_byol
+from training.config import UserError, as_dict, differences, option, read_config
+from variants.simsiam import SimSiam
+
+ROOT = Path(train_byol.__file__).parent
+
+
+def simsiam(tmp_path, recipe: str = "", *flags: str):
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe)
+    return train_byol.configure(["--recipe", str(path), *flags], SimSiam)
+
+
+def test_precedence_rises_from_default_to_flag(tmp_path):
+    assert train_byol.configure([]).optim.lr == 0.45
+    assert simsiam(tmp_path).optim.lr == 0.05
+    shared, own = "[optim]\nlr = 0.1\n", "[simsiam]\nlr = 0.2\n"
+    assert simsiam(tmp_path, shared).optim.lr == 0.1
+    assert simsiam(tmp_path, shared + own).optim.lr == 0.2
+    assert simsiam(tmp_path, own + shared).optim.lr == 0.2  # their order in the file is nothing
+    assert simsiam(tmp_path, shared + own, "--lr", "0.3").optim.lr == 0.3
+    # what nobody set stays the method's, and the method's own table is its own
+    assert simsiam(tmp_path, shared).optim.weight_decay == 1e-4
+    assert simsiam(tmp_path, "[simsiam]\nhidden = 7\n").method.hidden == 7
+
+
+def test_a_checkpoints_run_comes_before_the_recipe(tmp_path):
+    @dataclass
+    class Section:
+        a: int = option(1, "a")
+        b: int = option(1, "b")
+        c: int = option(1, "c")
+
+    path = tmp_path / "recipe.toml"
+    path.write_text("[data]\nb = 3\n")
+    config = read_config(
+        ["--recipe", str(path), "--ckpt", "x", "--c", "4"], {"data": Section},
+        inherit=lambda given: {"data": {"a": 2, "b": 2, "c": 2}} if given.ckpt == "x" else {},
+        extra=((("--ckpt",), {}),),
+    )  # fmt: skip
+    assert (config.data.a, config.data.b, config.data.c) == (2, 3, 4)
+
+
+def test_dotted_flags_and_lists():
+    flags = ["--view1.blur-p", "0.25", "--byol.base-tau", "0.9", "--view2.area", "0.3", "0.9"]
+    config = train_byol.configure(flags)
+    assert (config.view1.blur_p, config.view2.blur_p) == (0.25, 0.1)
+    assert config.byol.base_tau == 0.9 and config.method is config.byol
+    assert config.view2.area == [0.3, 0.9] and config.view1.area == [0.08, 1.0]
+
+
+def test_switches_go_both_ways(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[encoder]\nzero_init = true\n")
+    assert train_byol.configure(["--recipe", str(path)]).encoder.zero_init is True
+    flags = ["--recipe", str(path), "--no-zero-init"]
+    assert train_byol.configure(flags).encoder.zero_init is False
+
+
+def test_resume_alone_means_auto():
+    assert train_byol.configure([]).run.resume == ""
+    assert train_byol.configure(["--resume"]).run.resume == "auto"
+    assert train_byol.configure(["--resume", "a.pt"]).run.resume == "a.pt"
+
+
+WRONG_FLAGS = [
+    ("--lr -1", "--lr", "at least 0"),
+    ("--lr nan", "--lr", ""),
+    ("--lr abc", "--lr", "abc"),
+    ("--byol.base-tau 1.5", "--byol.base-tau", "at most 1"),
+    ("--epochs 0", "--epochs", "at least 1"),
+    ("--gpus 0", "--gpus", "at least 1"),
+    ("--gpus -1", "--gpus", "at least 1"),
+    ("--gpus abc", "--gpus", "abc"),
+    ("--arch vgg16", "--arch", "resnet18"),
+    ("--stem cifra", "--stem", "cifar"),
+    ("--optimizer adam", "--optimizer", "adamw"),
+    ("--momentum 1", "--momentum", "0.9999"),
+    ("--view1.area 0.5", "view1.area", "two values"),
+    ("--view1.area 0.9 0.2", "view1.area", "smaller first"),
+    ("--view1.area 0.9 1.2", "--view1.area", "at most 1"),
+    ("--temperatur 1", "--temperatur", ""),
+    ("--learning 1", "--learning", ""),
+    ("--recipe nowhere.toml", "nowhere.toml", "recipes/"),
+    ("--recipe .", "--recipe", ""),
+]
+
+
+@pytest.mark.parametrize("flags, name, reason", WRONG_FLAGS)
+def test_a_wrong_flag_is_one_line_that_names_it(flags, name, reason):
+    with pytest.raises(UserError) as error:
+        train_byol.configure(flags.split())
+    text = str(error.value)
+    assert name in text and reason in text and "\n" not in text
+
+
+WRONG_RECIPES = [
+    ("[optim]\nlearnin_rate = 1\n", "learnin_rate", "[optim]"),
+    ("[optim]\nepoch = 1\n", "epoch", "did you mean epochs"),
+    ("[byol]\nbase_tau = 1.5\n", "base_tau", "at most 1"),
+    ("[byol]\nbase_tau = '0.9'\n", "base_tau", "float"),
+    ("[optim]\nepochs = 1.5\n", "epochs", "int"),
+    ("[optim]\nepochs = true\n", "epochs", "int"),
+    ("[optim]\nepochs = -3\n", "epochs", "at least 1"),
+    ("[encoder]\nzero_init = 1\n", "zero_init", "bool"),
+    ("[encoder]\nstem = 'stil'\n", "stem", "imagenet"),
+    ("[view1]\narea = 0.5\n", "area", "list"),
+    ("[view1]\narea = []\n", "area", "list"),
+    ("[view1]\narea = ['a', 'b']\n", "area", ""),
+    ("optim = 3\n", "optim", "table"),
+    ("lr = 3\n", "lr", ""),
+    ("[optm]\nlr = 3\n", "optm", "did you mean optim"),
+    ("[optim\nlr = 3\n", "recipe.toml", "not valid TOML"),
+    ("[optim]\nlr = 1\nlr = 2\n", "recipe.toml", "not valid TOML"),
+]
+
+
+@pytest.mark.parametrize("recipe, name, reason", WRONG_RECIPES)
+def test_a_wrong_recipe_is_one_line_that_names_file_and_key(tmp_path, recipe, name, reason):
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe)
+    with pytest.raises(UserError) as error:
+        train_byol.configure(["--recipe", str(path)])
+    text = str(error.value)
+    assert str(path) in text and name in text and reason in text and "\n" not in text
+
+
+def test_a_recipe_that_is_no_text(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match="not valid TOML"):
+        train_byol.configure(["--recipe", str(path)])
+
+
+def test_tables_of_others_are_ignored_from_any_folder(tmp_path, monkeypatch):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[simsiam]\nno_such = 1\nlr = 9\n[linear]\nno_such = 1\n[baseline]\nlr = 8\n")
+    monkeypatch.chdir(tmp_path)
+    assert train_byol.configure(["--recipe", str(path)]).optim.lr == 0.45
+    assert "simsiam" not in as_dict(train_byol.configure(["--recipe", str(path)]))
+
+
+def test_each_script_reads_its_own_table(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[optim]\nlr = 1\nepochs = 3\n[baseline]\nlr = 2\nflip_p = 0\n[byol]\nlr = 3\n")
+    assert train_byol.configure(["--recipe", str(path)]).optim.lr == 3
+    config = train_baseline.configure(["--recipe", str(path)])
+    assert (config.optim.lr, config.optim.epochs, config.method.flip_p) == (2, 3, 0)
+
+
+def test_integers_become_the_fields_type(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[optim]\nlr = 1\n")
+    value = train_byol.configure(["--recipe", str(path)]).optim.lr
+    assert value == 1 and type(value) is float
+
+
+def as_toml(tables: dict) -> str:
+    """Strings, numbers, switches and lists look the same in JSON and TOML."""
+    lines = []
+    for name, table in tables.items():
+        lines += [f"[{name}]"] + [f"{k} = {json.dumps(v)}" for k, v in table.items()]
+    return "\n".join(lines)
+
+
+def test_as_dict_is_a_recipe_of_the_same_settings(tmp_path):
+    flags = ["--lr", "0.125", "--view1.area", "0.25", "1", "--out", "a b", "--no-compile",
+             "--byol.hidden", "9", "--steps", "17"]  # fmt: skip
+    tables = as_dict(train_byol.configure(flags))
+    path = tmp_path / "recipe.toml"
+    path.write_text(as_toml(tables))
+    assert tomllib.loads(path.read_text()) == tables
+    assert as_dict(train_byol.configure(["--recipe", str(path)])) == tables
+
+
+def test_differences_are_those_that_shape_the_run():
+    saved = as_dict(train_byol.configure([]))
+    flags = ["--lr", "0.2", "--byol.base-tau", "0.5", "--log-every", "7", "--out", "x",
+             "--threads", "1", "--view2.blur-p", "0.5", "--seed", "3"]  # fmt: skip
+    found = differences(train_byol.configure(flags), saved)
+    assert found == ["--view2.blur-p 0.1 -> 0.5", "--lr 0.45 -> 0.2", "--seed 0 -> 3",
+                     "--byol.base-tau 0.99 -> 0.5"]  # fmt: skip
+    assert differences(train_byol.configure([]), saved) == []
+
+
+def test_the_steps_of_a_run():
+    def total(*flags):
+        return train_byol.configure(list(flags)).optim.total_steps(10)
+
+    assert total("--epochs", "3") == 30
+    assert total("--epochs", "3", "--steps", "7") == 7
+    assert total("--epochs", "3", "--max-steps", "20") == 20
+    assert total("--epochs", "3", "--max-steps", "40") == 30
+
+
+@pytest.mark.parametrize("configure", [train_byol.configure, train_baseline.configure])
+def test_stl10_recipe_is_the_bare_command(configure):
+    path = ROOT / "recipes" / "stl10.toml"
+    if not path.exists():
+        pytest.skip("recipes/stl10.toml is not there")
+    with_recipe = as_dict(configure(["--recipe", str(path)]))
+    bare = as_dict(configure([]))
+    if configure is train_byol.configure:
+        assert with_recipe == bare
+    else:  # the baseline shares what describes data and network
+        assert (with_recipe["data"], with_recipe["encoder"]) == (bare["data"], bare["encoder"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
+def test_every_recipe_is_valid_for_every_script(path):
+    for configure in (train_byol.configure, train_baseline.configure):
+        configure(["--recipe", str(path)])
+    train_byol.configure(["--recipe", str(path)], SimSiam)
+
+
+@pytest.mark.parametrize("script", [train_byol, train_baseline, linear_eval])
+def test_help_is_printed_with_defaults(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.configure(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "--data-root" in text and "[datasets]" in text

@@ -1,0 +1,195 @@
+"""Two processes train like one; and which start replaces itself by torchrun."""
+
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+
+import forked
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import digest
+
+from byol.byol import BYOL
+from byol.networks import Encoder
+from data.loader import Loader
+from data.views import View2Config, ViewConfig
+from training import distributed
+from training.config import UserError
+from training.distributed import RELAUNCHED, Processes, relaunch_if_needed
+from training.loop import train_steps
+from training.optimizers import build_optimizer
+from training.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+def train(images, accumulate: int, optimizer: str = "lars", batch_norm: str = "sync"):
+    """Four steps in float64; (parameters and buffers, losses summed over the processes)."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    processes = Processes(dist.get_rank() if ranks > 1 else 0, ranks, CPU)
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18", "small", 1 / 16)
+    method = BYOL(encoder, BYOL.Config(hidden=16, projection=8)).double()
+    loader = Loader(images, None, (ViewConfig(), View2Config()), 8, 16, *images.statistics(),
+                    accumulate=accumulate, processes=processes, dtype=torch.float64)  # fmt: skip
+    model = distributed.wrap(method, processes, batch_norm)
+    groups = build_optimizer(optimizer, method.parameter_groups(1e-3), 0.9)
+    precision, losses = Precision("fp32", CPU), []
+    for step in train_steps(model, loader, groups, precision, peak=0.5, warmup=1, total=4):
+        losses.append(float(distributed.sum_over_ranks(step.loss.clone())) / ranks)
+    before = digest(method.state_dict())
+    if batch_norm == "local":
+        distributed.broadcast_buffers(method)
+    return {k: v.clone() for k, v in method.state_dict().items()}, losses, before
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_are_one(subset, accumulate):
+    """To 1e-8 in float64: weights, target, running statistics and losses.
+
+    Two micro-batches differ from one batch (batch norm sees halves), but not between processes.
+    """
+    one, losses, _ = train(subset.unlabelled, accumulate)
+    (first, losses1, _), (second, losses2, _) = forked.run(
+        train, subset.unlabelled, accumulate, ranks=2
+    )
+    assert digest(first) == digest(second) and losses1 == losses2
+    assert losses1 == pytest.approx(losses, rel=1e-9)
+    moved = 0.0
+    for name, value in one.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-8, atol=1e-9, msg=name)
+    start = BYOL(Encoder("resnet18", "small", 1 / 16), BYOL.Config(hidden=16, projection=8))
+    moved = sum((one[k] - v).abs().sum() for k, v in start.named_parameters())
+    assert moved > 1  # it did train
+
+
+def test_micro_batches_are_not_the_whole_batch_for_batch_norm(subset):
+    whole, _, _ = train(subset.unlabelled, 1)
+    halves, _, _ = train(subset.unlabelled, 2)
+    assert not torch.allclose(whole["encoder.conv1.weight"], halves["encoder.conv1.weight"])
+
+
+def test_local_batch_norm_shares_rank_0s_buffers_on_request(subset):
+    outcomes = forked.run(train, subset.unlabelled, 1, "sgd", "local", ranks=2)
+    (first, _, before1), (second, _, before2) = outcomes
+    assert before1 != before2  # each had statistics of its own
+    assert digest(first) == digest(second)
+    assert before1 == digest(first)  # and rank 0's won
+
+
+# which start replaces itself by torchrun
+
+
+@pytest.fixture
+def exec_(monkeypatch):
+    """What os.execve was called with; empty if it was not."""
+    called = []
+    monkeypatch.setattr(os, "execve", lambda *args: called.append(args))
+    for name in [n for n in os.environ if distributed._from_launcher(n)]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv(RELAUNCHED, raising=False)
+    main = ModuleType("__main__")
+    main.__spec__ = None
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["some folder/train_byol.py", "--x"])
+    return called
+
+
+def launched(monkeypatch, size: int, **more) -> None:
+    """The environment under torchrun with `size` workers."""
+    values = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": str(size), "RANK": "0",
+              "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+              "MASTER_PORT": "29500"} | more  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+ARGUMENTS = ["--gpus", "3", "--out", "a b", "--lr=0.1"]
+
+
+def test_plain_python_becomes_torchrun_with_the_same_arguments(exec_):
+    relaunch_if_needed(3, "cpu", ARGUMENTS)
+    path, command, environment = exec_[0]
+    assert path == sys.executable
+    assert command == [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                       "--nproc-per-node=3", "some folder/train_byol.py", *ARGUMENTS]  # fmt: skip
+    assert environment[RELAUNCHED] == "1"
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_a_module_is_started_again_as_a_module(exec_, monkeypatch):
+    sys.modules["__main__"].__spec__ = SimpleNamespace(name="variants.simsiam")
+    relaunch_if_needed(3, "cpu", ARGUMENTS)
+    assert exec_[0][1][4:8] == ["--nproc-per-node=3", "-m", "variants.simsiam", "--gpus"]
+
+
+def test_torchrun_with_one_worker_becomes_torchrun_with_more(exec_, monkeypatch):
+    launched(monkeypatch, 1, PET_NPROC_PER_NODE="1", GROUP_RANK="0", ROLE_NAME="default",
+             TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_ERROR_FILE="/x/error.json",
+             MASTERPIECE="kept")  # fmt: skip
+    relaunch_if_needed(2, "cpu", ARGUMENTS)
+    environment = exec_[0][2]
+    left = {k for k in environment if distributed._from_launcher(k)}
+    assert left == set() and not {"RANK", "MASTER_PORT", "PET_NPROC_PER_NODE"} & set(environment)
+    assert environment["TORCHELASTIC_ERROR_FILE"] == "/x/error.json"
+    assert environment["MASTERPIECE"] == "kept"
+
+
+@pytest.mark.parametrize("given, gpus", [(2, 2), (4, 1), (1, 1)])
+def test_nothing_happens_where_the_launcher_gave_enough(exec_, monkeypatch, given, gpus):
+    launched(monkeypatch, given)
+    relaunch_if_needed(gpus, "cpu", ARGUMENTS)
+    assert exec_ == []
+
+
+def test_one_process_needs_no_launcher(exec_):
+    relaunch_if_needed(1, "cpu", ["--gpus", "1"])
+    assert exec_ == []
+
+
+def test_left_over_variables_are_no_launcher(exec_, monkeypatch):
+    """A shell that once exported them: plain python --gpus 2 still starts two."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    relaunch_if_needed(2, "cpu", ARGUMENTS)
+    assert exec_[0][1][4] == "--nproc-per-node=2" and "RANK" not in exec_[0][2]
+    processes = forked.run(distributed.start, "cpu", 1, 60)[0]
+    assert (processes.rank, processes.world_size) == (0, 1)
+
+
+def test_two_numbers_that_contradict_each_other(exec_, monkeypatch):
+    launched(monkeypatch, 2)
+    with pytest.raises(UserError, match="--gpus 4: the launcher started 2"):
+        relaunch_if_needed(4, "cpu", ARGUMENTS)
+    assert exec_ == []
+
+
+def test_it_does_not_start_itself_for_ever(exec_, monkeypatch):
+    monkeypatch.setenv(RELAUNCHED, "1")
+    with pytest.raises(UserError, match="--gpus 4"):
+        relaunch_if_needed(4, "cpu", ARGUMENTS)
+    assert exec_ == []
+
+
+def test_more_gpus_than_there_are(exec_, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--gpus 3: this machine has 2"):
+        relaunch_if_needed(3, "auto", ARGUMENTS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda"):
+        relaunch_if_needed(2, "cuda", ARGUMENTS)
+    assert exec_ == []
+
+
+def threads(setting: int):
+    distributed.start("cpu", setting, 60)
+    return torch.get_num_threads()
+
+
+def test_threads_are_shared_between_the_processes():
+    cores = len(os.sched_getaffinity(0))
+    assert forked.run(threads, 0, ranks=2) == [max(1, cores // 2)] * 2
+    assert forked.run(threads, 3) == [3]
+    assert forked.run(threads, 0) == [cores]

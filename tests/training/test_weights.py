@@ -1,0 +1,255 @@
+"""Weights from everywhere load equal, or are refused with a line that says why."""
+
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import state_of
+
+import linear_eval
+import train_baseline
+import train_byol
+from byol.networks import Encoder
+from training.config import EncoderConfig, UserError
+from training.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    initialise,
+    load_weights,
+    read_weights,
+    save_encoder,
+)
+
+META = {"arch": "resnet18", "stem": "small", "width": 0.125, "mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def encoder(stem="small", width=0.125, seed=0) -> Encoder:
+    torch.manual_seed(seed)
+    return Encoder("resnet18", stem, width)
+
+
+def same(state, other) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in state.items())
+
+
+@pytest.fixture
+def run(sample, recipe, tmp_path) -> Path:
+    out = tmp_path / "run"
+    train_byol.main(argv=["--recipe", recipe, "--out", str(out), "--quiet"])
+    return out
+
+
+def test_everything_that_a_run_leaves_loads_equal(run, tmp_path):
+    trained = {k.removeprefix("encoder."): v for k, v in state_of(run, 10)["model"].items()
+               if k.startswith("encoder.")}  # fmt: skip
+    torch.save(trained, tmp_path / "bare.pt")
+    paths = [run, run / "encoder.pt", run / "checkpoints" / "step-00000010.pt",
+             tmp_path / "bare.pt"]  # fmt: skip
+    for path in paths:
+        weights = read_weights(path)
+        assert same(weights.state_dict, trained), path
+        assert bool(weights.meta) is (path.name != "bare.pt")
+    for path in paths[:3]:
+        weights = read_weights(path)
+        assert weights.folder == run
+        assert weights.tables()["encoder"] == {"arch": "resnet18", "stem": "small",
+                                               "width": 0.125, "init": "random"}  # fmt: skip
+        assert weights.tables()["data"]["crop_size"] == 16
+    fresh = encoder(seed=9)
+    load_weights(fresh, trained, "x")
+    assert same(fresh.state_dict(), trained)
+
+
+def test_the_online_encoder_is_the_one_that_is_kept(run):
+    model = state_of(run, 10)["model"]
+    kept = read_weights(run).state_dict["conv1.weight"]
+    assert torch.equal(kept, model["encoder.conv1.weight"])
+    assert not torch.equal(kept, model["target_encoder.conv1.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", ""])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_prefixes_are_taken_off(tmp_path, prefix, wrapped):
+    state = encoder().state_dict()
+    loaded = {prefix + k: v for k, v in state.items()}
+    torch.save({"state_dict": loaded} if wrapped else loaded, tmp_path / "x.pt")
+    assert same(read_weights(tmp_path / "x.pt").state_dict, state)
+
+
+def test_a_checkpoint_with_an_online_probe_loads(sample, recipe, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--recipe", recipe, "--out", str(out), "--quiet", "--online-probe"]
+    train_byol.main(argv=flags)
+    checkpoint = read_weights(out / "checkpoints" / "step-00000010.pt")
+    assert same(checkpoint.state_dict, read_weights(out).state_dict)
+
+
+def test_a_torchvision_classifier_loads_without_its_last_layer():
+    theirs, mine = torchvision.models.resnet18(), encoder("imagenet", 1.0)
+    load_weights(mine, theirs.state_dict(), "x")
+    assert torch.equal(mine.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+
+
+def broken(change):
+    state = dict(encoder().state_dict())
+    change(state)
+    return state
+
+
+MISTAKES = {
+    "missing": (lambda s: s.pop("bn1.weight"), "bn1.weight is missing"),
+    "extra": (lambda s: s.update(more=torch.ones(1)), "more is unknown"),
+    "shape": (lambda s: s.update({"bn1.bias": torch.ones(3)}), "bn1.bias is (3,), expected (8,)"),
+}
+
+
+@pytest.mark.parametrize("change, text", MISTAKES.values(), ids=MISTAKES)
+def test_what_does_not_fit_is_named_and_changes_nothing(change, text):
+    target = encoder(seed=5)
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load_weights(target, broken(change), "--ckpt x.pt")
+    assert text in str(error.value) and "--ckpt x.pt" in str(error.value)
+    assert same(target.state_dict(), before)
+
+
+def test_another_width_names_the_first_tensors():
+    with pytest.raises(UserError) as error:
+        load_weights(encoder(), encoder(width=0.25).state_dict(), "--ckpt x.pt")
+    text = str(error.value)
+    assert "conv1.weight is (16, 3, 3, 3), expected (8, 3, 3, 3)" in text and " more" in text
+    assert "\n" not in text and len(text) < 400
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    state = broken(lambda s: s["layer3.0.conv1.weight"].view(-1)[7].fill_(value))
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="layer3.0.conv1.weight is not finite"):
+        read_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, {}, [1, 2], torch.ones(2), {"state_dict": {}}])
+def test_files_without_weights_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt"):
+        read_weights(tmp_path / "x.pt")
+
+
+def test_a_folder_without_encoder_and_a_missing_path(tmp_path):
+    with pytest.raises(UserError, match="no encoder.pt in it"):
+        read_weights(tmp_path)
+    with pytest.raises(UserError, match="--init .*nothing"):
+        read_weights(tmp_path / "nothing", "--init")
+
+
+def test_init_from_a_file_brings_weights_and_normalisation(tmp_path):
+    source, path = encoder(seed=3), tmp_path / "encoder.pt"
+    save_encoder(path, source, META)
+    config = EncoderConfig(stem="small", width=0.125, init=str(path))
+    target = encoder(seed=4)
+    assert initialise(target, config, [0.1] * 3, [0.2] * 3) == ([0.5] * 3, [0.25] * 3)
+    assert same(target.state_dict(), source.state_dict())
+    # stl, cifar and small have equal shapes: the file says which one it is
+    with pytest.raises(UserError, match="--stem small, not cifar"):
+        initialise(encoder("cifar"), EncoderConfig(stem="cifar", width=0.125, init=str(path)),
+                   [0.1] * 3, [0.2] * 3)  # fmt: skip
+
+
+def test_init_random_keeps_the_datas_normalisation():
+    target = encoder()
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    assert initialise(target, EncoderConfig(), [0.1] * 3, [0.2] * 3) == ([0.1] * 3, [0.2] * 3)
+    assert same(target.state_dict(), before)
+
+
+# --init imagenet
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    """An empty torch cache, and no network."""
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
+    return tmp_path / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+
+
+@pytest.fixture
+def cached(cache) -> dict:
+    """A file where torchvision looks for its ImageNet weights, in their format."""
+    torch.manual_seed(11)
+    state = torchvision.models.resnet18().state_dict()
+    cache.parent.mkdir(parents=True)
+    torch.save(state, cache)
+    return state
+
+
+IMAGENET = ["--stem", "imagenet", "--width", "1", "--init", "imagenet", "--quiet",
+            "--batch-size", "4", "--steps", "1", "--lr", "0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", [train_byol, train_baseline])
+def test_init_imagenet_starts_from_torchvisions_cache(sample, recipe, tmp_path, cached, script):
+    out = tmp_path / "run"
+    script.main(argv=["--recipe", recipe, "--out", str(out), *IMAGENET])
+    weights = read_weights(out)
+    assert torch.equal(weights.state_dict["layer4.1.conv2.weight"],
+                       cached["layer4.1.conv2.weight"])  # fmt: skip
+    assert weights.meta["mean"] == [0.485, 0.456, 0.406] == IMAGENET_MEAN
+    assert weights.meta["std"] == [0.229, 0.224, 0.225] == IMAGENET_STD
+    assert weights.meta["init"] == "imagenet"
+
+
+@pytest.mark.parametrize("script", [train_byol, train_baseline])
+def test_offline_and_not_cached_says_where_the_file_goes(
+    sample, recipe, tmp_path, cache, script, capsys
+):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        script.main(argv=["--recipe", recipe, "--out", str(out), *IMAGENET])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.count("\n") == 1
+    assert str(cache) in text and "https://download.pytorch.org" in text
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("flags", [["--stem", "stl"], ["--width", "0.5"]])
+def test_imagenet_weights_fit_one_stem_and_width(sample, recipe, tmp_path, cached, flags, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        train_byol.main(argv=["--recipe", recipe, "--out", str(out), *IMAGENET, *flags])
+    assert "--init imagenet needs --stem imagenet --width 1" in capsys.readouterr().err
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_malicious_file_in_the_cache_is_not_run(cache, tmp_path):
+    cache.parent.mkdir(parents=True)
+    torch.save({"a": Evil(tmp_path / "sentinel")}, cache)
+    with pytest.raises(UserError):
+        initialise(encoder("imagenet", 1), EncoderConfig(init="imagenet"), [0.5] * 3, [0.5] * 3)
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_bare_weights_need_their_shape_on_the_command_line(sample, run, tmp_path, capsys):
+    torch.save(read_weights(run).state_dict, tmp_path / "bare.pt")
+    flags = ["--ckpt", str(tmp_path / "bare.pt"), "--dataset", "sample", "--quiet",
+             "--linear.strength", "0.1", "--threads", "1", "--device", "cpu"]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        linear_eval.main(flags)
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "--width" in text and text.count("\n") == 1
+    result = linear_eval.main([*flags, "--stem", "small", "--width", "0.125"])
+    assert result["images"] == 100
