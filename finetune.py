@@ -10,7 +10,7 @@ from train_baseline import DEFAULTS, HIDE, train
 from training.command import execute
 from training.config import EncoderConfig, OptimConfig, RunConfig, read_config
 from training.distributed import Processes
-from training.weights import load_weights, read_weights
+from training.weights import check_shape, load_weights, read_weights
 
 CKPT_HELP = "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
 CKPT = (("--ckpt",), dict(required=True, metavar="RUN", help=CKPT_HELP))
@@ -52,6 +52,7 @@ def run(config, processes: Processes) -> dict:
     split = data.evaluation(config.data)
     e = config.encoder
     encoder = Encoder(e.arch, e.stem, e.width)
+    check_shape(config.weights, e, f"--ckpt {config.ckpt}")
     load_weights(encoder, config.weights.state_dict, f"--ckpt {config.ckpt}")
     mean, std = config.weights.normalisation(split.train)
     return train(config, processes, Finetune, encoder, split, data.class_names, mean, std)

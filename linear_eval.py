@@ -19,7 +19,7 @@ from training.command import execute
 from training.config import EncoderConfig, RunConfig, as_dict, read_config
 from training.distributed import Processes
 from training.run_folder import RunFolder, say, write_json
-from training.weights import load_weights, read_weights
+from training.weights import check_shape, load_weights, read_weights
 
 HEAD = (
     ("--head",),
@@ -81,6 +81,7 @@ def run(config, processes: Processes) -> dict:
     # model
     e = config.encoder
     encoder = Encoder(e.arch, e.stem, e.width)
+    check_shape(config.weights, e, f"--ckpt {config.ckpt}")
     load_weights(encoder, config.weights.state_dict, f"--ckpt {config.ckpt}")
     encoder.to(processes.device, memory_format=torch.channels_last)
     mean, std = config.weights.normalisation(split.train)

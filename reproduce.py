@@ -9,6 +9,7 @@ table reports take the place of the test images.
 
 import dataclasses
 import json
+import platform
 import shlex
 import sys
 import time
@@ -28,8 +29,17 @@ from eval.knn import knn_top1
 from eval.table import Cells, markdown, picture
 from training import distributed
 from training.command import execute
-from training.config import EncoderConfig, RunConfig, UserError, option, read_config, spell
+from training.config import (
+    EncoderConfig,
+    OptimConfig,
+    RunConfig,
+    UserError,
+    option,
+    read_config,
+    spell,
+)
 from training.run_folder import git_commit, say, write_json
+from training.stopping import STOPPED
 from training.weights import initialise, load_weights, read_weights
 
 HIDE = (
@@ -56,7 +66,7 @@ class ReproduceConfig:
     trained_draws: int = option(3, "label draws for baseline and fine-tuning", low=1)
     first_draw: int = option(0, "number of the first draw", low=0)
     seeds: int = option(1, "pretraining seeds", low=1)
-    inits: list[str] = option(["random"], "starting points: random, imagenet")
+    inits: list[str] = option(["random"], "starting points", choices=("random", "imagenet"))
 
 
 def configure(argv: list[str], method_class=train_byol.BYOL):
@@ -76,6 +86,8 @@ def configure(argv: list[str], method_class=train_byol.BYOL):
     # The scripts below read the same recipe; a mistake in any of their tables shows up now.
     train_byol.configure(["--recipe", config.recipe], method_class)
     train_baseline.configure(["--recipe", config.recipe])
+    sections = {"optim": OptimConfig, "finetune": finetune.Finetune.Config}
+    read_config(["--recipe", config.recipe], sections, own="finetune")
     return config
 
 
@@ -88,12 +100,17 @@ class Table:
         self.out = Path(config.run.out)
         if processes.main:
             self.out.mkdir(parents=True, exist_ok=True)
+            same_settings(self.out / "settings.json", config)
+            self.cells = Cells(self.out / "cells.jsonl", True)
         distributed.barrier()
-        self.cells = Cells(self.out / "cells.jsonl", processes.main)
+        if not processes.main:
+            self.cells = Cells(self.out / "cells.jsonl", False)
         distributed.barrier()
         self.data = datasets.load(config.data)
         self.sizes = datasets.evaluation_sizes(config.data, self.data.train.shape)
         r = config.reproduce
+        for budget in r.budgets:
+            datasets.label_draw(self.data.train_labels, budget, 0)  # refuses impossible ones
         self.draws = range(r.first_draw, r.first_draw + r.draws)
         self.trained = range(r.first_draw, r.first_draw + r.trained_draws)
 
@@ -110,7 +127,12 @@ class Table:
 
     def missing(self, name: str, init: str, seed: int, draws) -> list[tuple]:
         """Keys of the cells of one row that are not there yet."""
-        keys = [(name, init, b, d, seed) for b in self.config.reproduce.budgets for d in draws]
+        everything = len(self.data.train)  # one draw is all there is of it
+        keys = [
+            (name, init, b, d, seed)
+            for b in self.config.reproduce.budgets
+            for d in (draws[:1] if b == everything else draws)
+        ]
         return [key for key in keys if key not in self.cells]
 
     def add(self, key: tuple, top1: float, seconds: float, protocol: str, images: int) -> None:
@@ -128,6 +150,22 @@ class Table:
             f"{name:>20} ({init}) {labels:>6,} labels, draw {draw}, seed {seed}: "
             f"{top1:6.2f} %  {seconds:.1f} s",
         )
+
+
+def same_settings(path: Path, config) -> None:
+    """UserError where --out holds cells of other settings; what only adds cells may change."""
+    settings = {
+        "recipe": {k: v for k, v in config.tables.items() if k not in ("reproduce", "run")},
+        "flags": {
+            k: v for k, v in config.flags.items() if not k.startswith(("run.", "reproduce."))
+        },
+    }
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise UserError(
+            f"--out {path.parent} holds a table of another recipe or other flags; "
+            "choose another --out"
+        )
+    write_json(path, settings)
 
 
 def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, features) -> None:
@@ -215,8 +253,8 @@ def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: l
             ]
         )
         result = script.run(config, table.quiet)
-        if result.get("stopped"):
-            raise SystemExit(75)
+        if "stopped" in result:
+            raise SystemExit(STOPPED)
         if result.get("complete"):  # killed between its result and this table's
             result = read_result(table.out / folder)
         protocol = f"all weights trained, {result['steps']:,} steps of {config.optim.optimizer}"
@@ -242,7 +280,7 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
             settings = train_byol.configure(
                 [*table.command(folder), "--init", init, "--seed", str(seed)], method_class
             )
-            if train_byol.run(settings, processes, method_class).get("stopped"):
+            if "stopped" in train_byol.run(settings, processes, method_class):
                 return {"stopped": True}
             costs.append(read_result(table.out / folder)["seconds"])
             run_folder = table.out / folder
@@ -274,8 +312,8 @@ def report(table: Table, rows, claims, costs: list[float], total: float) -> None
     notes = [
         f"{c.data.dataset}: measured on {rows[0]['test_images']:,} {measured} images. Pretraining "
         f"took {sum(costs) / len(costs):.0f} s a seed on {table.processes.world_size} x "
-        f"{table.processes.device.type}, {torch.get_num_threads()} threads; `seconds` is the time "
-        "of one cell beyond that.",
+        f"{table.processes.device.type} ({processor()}), {torch.get_num_threads()} threads; "
+        "`seconds` is the time of one cell beyond that and beyond extracting features.",
         "",
         f"`python reproduce.py {shlex.join(sys.argv[1:])}`, commit {git_commit()}.",
     ]
@@ -289,9 +327,23 @@ def report(table: Table, rows, claims, costs: list[float], total: float) -> None
     say(table.processes, "\n" + text)
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run from the command line."""
-    return execute(configure, run, argv)
+def processor() -> str:
+    """The name of the GPU, or of the CPU as far as the system tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main(method_class=train_byol.BYOL, argv: list[str] | None = None) -> dict:
+    """Run from the command line; with a variant's class, its table."""
+    return execute(
+        lambda args: configure(args, method_class),
+        lambda config, processes: run(config, processes, method_class),
+        argv,
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python train_baseline.py --recipe recipes/sample.toml --labels 100
 torchrun train_baseline.py --gpus 4 --dataset stl10
 """
 
-import time
+import shlex
 from pathlib import Path
 
 import torch
@@ -18,16 +18,16 @@ from eval.features import extract
 from training.checkpoints import save_file
 from training.command import execute
 from training.config import EncoderConfig, OptimConfig, RunConfig, read_config
-from training.distributed import Processes
+from training.distributed import Processes, barrier
 from training.run_folder import say, write_json
 from training.session import Session
 from training.stopping import Watch
 from training.weights import initialise, save_encoder
 
 HIDE = ("pretrain_on", "knn_every", "online_probe")
-# A supervised network of a few thousand labels: plain SGD, and steps instead of epochs.
+# As in recipes/stl10.toml: plain SGD, and steps instead of epochs, since labels are few.
 DEFAULTS = {
-    "optim": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "batch_size": 50, "steps": 2000}
+    "optim": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "batch_size": 100, "steps": 5000}
 }
 
 
@@ -63,10 +63,12 @@ def train(config, processes, method_class, encoder, split, class_names, mean, st
 
     The one loop of the baseline and of fine-tuning; they differ in the encoder they come with.
     """
-    out, started = Path(config.run.out), time.perf_counter()
+    out = Path(config.run.out)
     if config.run.resume and (out / "result.json").exists():
         say(processes, f"{out} is complete; nothing to do")
         return {"complete": True}
+
+    sizes = datasets.evaluation_sizes(config.data, split.test.shape)
 
     # model, loader and optimizer
     e = config.encoder
@@ -99,12 +101,11 @@ def train(config, processes, method_class, encoder, split, class_names, mean, st
             session.save_if_due(step, watch)
             if watch.stop:
                 break
-        if not step.last:
-            say(processes, f"stopped after step {step.index + 1:,}; go on with --resume")
+        if not session.finished:
+            say(processes, f"stopped after step {session.done:,}; go on with --resume")
             return {"stopped": watch.stop}
 
         # result
-        sizes = datasets.evaluation_sizes(config.data, split.test.shape)
         features = extract(method.encoder, split.test, mean, std, sizes, processes)
         top1 = accuracy(method.head.cpu()(features), split.test_labels)
         result = {
@@ -118,7 +119,7 @@ def train(config, processes, method_class, encoder, split, class_names, mean, st
             "measured_on": config.data.evaluate_on,
             "images": len(split.test),
             "steps": session.total,
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": round(session.seconds, 1),
         }
         if processes.main:
             save_encoder(out / "encoder.pt", method.encoder, session.meta)
@@ -126,10 +127,12 @@ def train(config, processes, method_class, encoder, split, class_names, mean, st
             classifier |= {"meta": session.meta, "classes": class_names}
             save_file(out / "classifier.pt", classifier)
             write_json(out / "result.json", result)
+        barrier()  # what the main process wrote is there for all
     say(
         processes,
         f"{out}: top-1 {top1:.2f} % on {len(split.test):,} {config.data.evaluate_on} images with "
-        f"{len(split.train):,} labels, {result['seconds']:.0f} s",
+        f"{len(split.train):,} labels, {result['seconds']:.0f} s\n"
+        f"next: tensorboard --logdir {shlex.quote(str(out))}",
     )
     return result
 

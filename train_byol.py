@@ -7,7 +7,7 @@
 The same script trains every method of variants/, see there.
 """
 
-import time
+import shlex
 from pathlib import Path
 
 import torch
@@ -17,10 +17,10 @@ from byol.networks import Encoder, parameter_count
 from data import datasets
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
-from eval.knn import HeldOutKNN
+from eval.knn import HeldOut, hold_out_labels
 from training.command import execute
 from training.config import EncoderConfig, OptimConfig, RunConfig, UserError, read_config
-from training.distributed import Processes
+from training.distributed import Processes, barrier
 from training.method import OnlineProbe
 from training.run_folder import say, write_json
 from training.session import Session
@@ -55,7 +55,7 @@ def configure(argv: list[str], method_class=BYOL):
 
 def run(config, processes: Processes, method_class=BYOL) -> dict:
     """Pretrain; returns what result.json holds.  The run folder then has encoder.pt."""
-    out, started = Path(config.run.out), time.perf_counter()
+    out = Path(config.run.out)
     if config.run.resume and (out / "result.json").exists():
         say(processes, f"{out} is complete; nothing to do")
         return {"complete": True}
@@ -63,6 +63,7 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     # data
     data = datasets.load(config.data)
     images, labels = data.pretraining(config.data.pretrain_on)
+    sizes = datasets.evaluation_sizes(config.data, images.shape)
 
     # model
     torch.manual_seed(config.run.seed)
@@ -73,6 +74,7 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     if config.run.online_probe:
         if labels is None or labels.max() < 0:
             raise UserError("--online-probe: these images have no labels")
+        labels = hold_out_labels(labels, data.train_labels)
         method = OnlineProbe(method, len(data.class_names))
 
     # loader and optimizer
@@ -98,38 +100,40 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     )
 
     # loop
-    sizes = datasets.evaluation_sizes(config.data, images.shape)
-    knn = HeldOutKNN(data.train, data.train_labels, config.run.knn_every, (mean, std, sizes))
-    last_knn = None
+    held_out = HeldOut(data.train, data.train_labels, config.run.knn_every, (mean, std, sizes))
+    figures = {}
     with session.folder as folder, Watch(processes, config.run.check_every) as watch:
         for step in session.steps():
-            figures = {}
-            if knn.due(step):
-                last_knn = knn.top1(method.encoder, processes)
-                figures = {"knn_top1": last_knn}
-                folder.pause_clock(knn.seconds)
-            folder.log(step, config.run.log_every, **figures)
+            now = {}
+            if held_out.due(step):
+                session.share_buffers()
+                now = figures = held_out.figures(method, processes)
+                folder.pause_clock(held_out.seconds)
+            folder.log(step, config.run.log_every, **now)
             session.save_if_due(step, watch)
             if watch.stop:
                 break
-        if not step.last:
-            say(processes, f"stopped after step {step.index + 1:,}; go on with --resume")
+        if not session.finished:
+            say(processes, f"stopped after step {session.done:,}; go on with --resume")
             return {"stopped": watch.stop}
 
         # result
+        if not figures and held_out.every:  # resumed after the last step
+            figures = held_out.figures(method, processes)
         result = {
             "name": method.name,
             "dataset": config.data.dataset,
             "steps": session.total,
-            "knn_top1": last_knn,
-            "seconds": round(time.perf_counter() - started, 1),
+            **figures,
+            "seconds": round(session.seconds, 1),
         }
         if processes.main:
             save_encoder(out / "encoder.pt", method.encoder, session.meta)
             write_json(out / "result.json", result)
-    knn_text = "" if last_knn is None else f"k-NN {last_knn:.2f} % on held-out train images, "
-    say(processes, f"{out}/encoder.pt: {knn_text}{result['seconds']:.0f} s")
-    say(processes, f"next: python linear_eval.py --ckpt {out}")
+        barrier()  # what the main process wrote is there for all
+    shown = "".join(f"{name} {value:.2f} %, " for name, value in figures.items())
+    say(processes, f"{out}/encoder.pt: {shown}{result['seconds']:.0f} s")
+    say(processes, f"next: python linear_eval.py --ckpt {shlex.quote(str(out))}")
     return result
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from data.views import ViewConfig
@@ -19,7 +18,7 @@ class Baseline(Method):
     class Config:
         """[baseline]: augmentation and regularisation of the labelled training."""
 
-        area: list[float] = option([0.5, 1.0], "area fraction of the crops", low=0.01, high=1)
+        area: list[float] = option([0.3, 1.0], "area fraction of the crops", low=0.01, high=1)
         flip_p: float = option(0.5, "probability of a mirror image", low=0, high=1)
         shift: int = option(0, "shift within a zero border of this many pixels", low=0)
         label_smoothing: float = option(0.0, "cross-entropy's label smoothing", low=0, high=0.9)
@@ -41,11 +40,6 @@ class Baseline(Method):
             logits, labels, label_smoothing=self.config.label_smoothing
         )
         return loss, {"train_top1": 100 * (logits.argmax(1) == labels).float().mean()}
-
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits for normalised images, (B, 3, H, W) -> (B, classes)."""
-        return self.head(self.encoder(images).float())
 
 
 class Finetune(Baseline):

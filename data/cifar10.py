@@ -26,6 +26,8 @@ def prepare(root: Path, data: DataConfig) -> None:
     if all(pack.exists() for pack in packs):
         return
     with locked(root / "packs" / "cifar10.lock"):
+        if all(pack.exists() for pack in packs):
+            return
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)  # seconds; torchvision itself would wait for ever
         try:

@@ -26,6 +26,11 @@ class Images:
         height, width = self.parts[0].shape[2:]
         return (width, height) if self.column_major else (height, width)
 
+    @property
+    def grey(self) -> bool:
+        """Whether they are stored with one channel."""
+        return self.parts[0].shape[1] == 1
+
     def gather(self, indices: np.ndarray) -> Tensor:
         """The images at `indices`: (B, 3, H, W) uint8; grey ones have their channel three times."""
         if self.index is not None:

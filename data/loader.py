@@ -58,6 +58,8 @@ class Loader:
                 f"--batch-size {self.batch_size}: each of {self.processes.world_size} processes x "
                 f"{self.accumulate} micro-batches needs the same number of images, at least 2"
             )
+        for number, view in enumerate(self.views, 1):
+            view.check(f"view{number}")
         self.steps_per_epoch = len(self.images) // self.batch_size
         self._order = (-1, None)
         as_tensor = dict(dtype=self.dtype, device=self.processes.device)

@@ -25,9 +25,9 @@ class LinearConfig:
 class MLPConfig:
     """[mlp]: one hidden layer on frozen features."""
 
-    hidden: int = option(256, "hidden size", low=1)
-    steps: int = option(300, "steps of AdamW", low=1)
-    batch_size: int = option(100, "images a step", low=2)
+    hidden: int = option(512, "hidden size", low=1)
+    steps: int = option(2000, "steps of AdamW", low=1)
+    batch_size: int = option(256, "images a step", low=2)
     lr: float = option(0.003, "learning rate, cosine to 0", low=0)
     weight_decay: float = option(0.1, "weight decay", low=0)
     dropout: float = option(0.5, "dropout of features and hidden units", low=0, high=0.95)
@@ -132,7 +132,10 @@ def choose_strength(features: Tensor, labels: Tensor, strengths=STRENGTHS) -> fl
     each solution started from the one before, until the loss has risen twice.
     """
     classes, parts = int(labels.max()) + 1, []
-    for rows in folds(labels.numpy(), 5)[: 5 if len(labels) <= 2000 else 1]:
+    count = min(5, int(labels.bincount()[labels.unique()].min()))
+    if count < 2:
+        return 0.1  # one image of a class: nothing to validate on
+    for rows in folds(labels.numpy(), count)[: count if len(labels) <= 2000 else 1]:
         kept = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), rows))
         mean, std, basis = row_span(features[kept].double())
         x, held_x = ((features[r] - mean) / std @ basis for r in (kept, rows))

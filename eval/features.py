@@ -45,7 +45,7 @@ def extract(
 def pixels(images: Images, side: int = 32) -> Tensor:
     """The raw-pixel control: values in 0..1 at most `side` pixels high, (N, 3 * h * w).
 
-    Equal channels (grey images) are taken once.
+    Grey images have one channel.
     """
     height = images.shape[0]
     blocks = []
@@ -53,6 +53,4 @@ def pixels(images: Images, side: int = 32) -> Tensor:
         rows = np.arange(first, min(first + 1024, len(images)))
         blocks.append(frame(images.gather(rows), min(side, height), 0))
     x = torch.cat(blocks)
-    if torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2]):
-        x = x[:, :1]
-    return x.flatten(1)
+    return (x[:, :1] if images.grey else x).flatten(1)

@@ -37,21 +37,36 @@ def knn_top1(
     return 100 * right / len(queries)
 
 
-class HeldOutKNN:
-    """The k-NN figure shown during pretraining: on labelled TRAIN images held out of its bank.
+def held_out_order(count: int, seed: int = 0) -> tuple[np.ndarray, int]:
+    """An order of `count` labelled images, and how many of its first are held out: a fifth."""
+    return np.random.default_rng(seed).permutation(count), max(1, min(count // 5, 2000))
 
-    Never test images, so that watching it selects nothing on them.  A fifth of the images (2,000
-    at most) are queries, the others (20,000 at most) the bank; without labels it is never due.
 
-    how   mean, std and sizes as `extract` takes them
+def hold_out_labels(labels: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
+    """Pretraining's labels with those of the held-out images unknown (-1), for the online probe.
+
+    The labelled images come first among the pretraining images, see `Dataset.pretraining`.
+    """
+    order, queries = held_out_order(len(train_labels))
+    labels = labels.copy()
+    labels[order[:queries]] = -1
+    return labels
+
+
+class HeldOut:
+    """Figures during pretraining on labelled TRAIN images held out of the k-NN's bank.
+
+    Never test images, so that watching selects nothing on them.  A fifth of the images (2,000 at
+    most) are queries, the others (20,000 at most) the bank; without labels it is never due.
+
+    preparation   mean, std and sizes as `extract` takes them
     """
 
-    def __init__(self, images: Images | None, labels, every: int, how: tuple, seed=0) -> None:
-        self.every = every if images is not None else 0
-        self.how, self.seconds = how, 0.0
+    def __init__(self, images: Images | None, labels, every: int, preparation: tuple) -> None:
+        self.every = every if images is not None and len(images) > 1 else 0
+        self.preparation, self.seconds = preparation, 0.0
         if self.every:
-            order = np.random.default_rng(seed).permutation(len(images))
-            self.queries = max(1, min(len(images) // 5, 2000))
+            order, self.queries = held_out_order(len(images))
             order = order[: self.queries + 20000]
             self.images, self.labels = images.subset(order), torch.from_numpy(labels[order])
 
@@ -59,10 +74,17 @@ class HeldOutKNN:
         """Every `every` steps and at the end."""
         return bool(self.every) and (step.last or (step.index + 1) % self.every == 0)
 
-    def top1(self, encoder, processes) -> float:
-        """The figure in percent, the same on all ranks; `seconds` then tells what it took."""
+    def figures(self, method, processes) -> dict[str, float]:
+        """knn_top1, and online_probe_top1 where a probe is trained, in percent; same on all ranks.
+
+        `seconds` then tells what it took.
+        """
         begun, n = time.perf_counter(), self.queries
-        features = extract(encoder, self.images, *self.how, processes)
-        top1 = knn_top1(features[n:], self.labels[n:], features[:n], self.labels[:n])
+        features = extract(method.encoder, self.images, *self.preparation, processes)
+        found = {"knn_top1": knn_top1(features[n:], self.labels[n:], features[:n], self.labels[:n])}
+        if hasattr(method, "probe"):
+            with torch.no_grad():
+                guess = method.probe(features[:n].to(processes.device)).argmax(1).cpu()
+            found["online_probe_top1"] = 100 * (guess == self.labels[:n]).float().mean().item()
         self.seconds = time.perf_counter() - begun
-        return top1
+        return found

@@ -1,5 +1,6 @@
 """The results table: cells, rows with spread, claims as paired differences, text and picture."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -8,37 +9,10 @@ import numpy as np
 
 # 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
 T975 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-    2.080,
-    2.074,
-    2.069,
-    2.064,
-    2.060,
-    2.056,
-    2.052,
-    2.048,
-    2.045,
-    2.042,
-)
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 
 # Named before any figure was seen; printed whatever their sign.
 CLAIMS = (
@@ -79,15 +53,19 @@ class Cells:
                 file.write(json.dumps(cell) + "\n")
         return cell
 
-    def matrix(self, name: str, init: str, labels: int) -> np.ndarray:
-        """Top-1 of one row and budget: (seeds, draws); a row without seeds has one."""
+    def matrix(self, name: str, init: str, labels: int) -> tuple[np.ndarray, list[int]]:
+        """Top-1 of one row and budget, (seeds, draws), and the numbers of the draws.
+
+        Draws that a seed lacks (of an interrupted run) are left out.
+        """
         found = {
             (c["seed"], c["draw"]): c["top1"]
             for c in self.cells.values()
             if (c["name"], c["init"], c["labels"]) == (name, init, labels)
         }
-        seeds, draws = sorted({s for s, _ in found}), sorted({d for _, d in found})
-        return np.array([[found.get((s, d), np.nan) for d in draws] for s in seeds])
+        seeds = sorted({s for s, _ in found})
+        draws = [d for d in sorted({d for _, d in found}) if all((s, d) in found for s in seeds)]
+        return np.array([[found[s, d] for d in draws] for s in seeds]), draws
 
     def rows(self) -> list[dict]:
         """Each row and budget: mean over seeds and draws, std over draws of the seeds' mean."""
@@ -97,7 +75,9 @@ class Cells:
             if key in done:
                 continue
             done.add(key)
-            values = self.matrix(*key)
+            values, _ = self.matrix(*key)
+            if not values.size:
+                continue
             same = [c for c in self.cells.values() if tuple(c[k] for k in KEY[:3]) == key]
             per_draw = values.mean(0)
             table.append(
@@ -118,36 +98,34 @@ class Cells:
 
     def claims(self, method: str) -> list[dict]:
         """The claims as paired differences over the draws (and seeds) that both rows have."""
-        found = []
         inits = sorted({c["init"] for c in self.cells.values() if c["name"].startswith(method)})
-        for init in inits:
-            for labels in sorted({c["labels"] for c in self.cells.values()}):
-                for ours, control, meaning in CLAIMS:
-                    ours = ours.format(m=method)
-                    # controls without a start of their own stand for every init
-                    theirs = self.matrix(control, init, labels)
-                    theirs = theirs if theirs.size else self.matrix(control, "none", labels)
-                    a = self.matrix(ours, init, labels)
-                    if not (a.size and theirs.size):
-                        continue
-                    draws = min(a.shape[1], theirs.shape[1])
-                    a, b = a[:, :draws], theirs[:, :draws]
-                    difference = a - (b if len(a) == len(b) else b.mean(0, keepdims=True))
-                    mean, half = paired_interval(difference)
-                    found.append(
-                        {
-                            "claim": f"{ours} - {control}",
-                            "meaning": meaning,
-                            "init": init,
-                            "labels": labels,
-                            "difference": round(mean, 3),
-                            "interval": None
-                            if half is None
-                            else [round(mean - half, 3), round(mean + half, 3)],
-                            "draws": draws,
-                            "pretrain_seeds": len(a),
-                        }
-                    )
+        budgets = sorted({c["labels"] for c in self.cells.values()})
+        found = []
+        for init, labels, (ours, control, meaning) in itertools.product(inits, budgets, CLAIMS):
+            ours = ours.format(m=method)
+            a, a_draws = self.matrix(ours, init, labels)
+            b, b_draws = self.matrix(control, init, labels)
+            if not b.size:  # a control without a start of its own stands for every init
+                b, b_draws = self.matrix(control, "none", labels)
+            both = [d for d in a_draws if d in b_draws]
+            if not both:
+                continue
+            a, b = a[:, [a_draws.index(d) for d in both]], b[:, [b_draws.index(d) for d in both]]
+            difference = a - (b if len(a) == len(b) else b.mean(0, keepdims=True))
+            mean, half = paired_interval(difference)
+            interval = None if half is None else [round(mean - half, 3), round(mean + half, 3)]
+            found.append(
+                {
+                    "claim": f"{ours} - {control}",
+                    "meaning": meaning,
+                    "init": init,
+                    "labels": labels,
+                    "difference": round(mean, 3),
+                    "interval": interval,
+                    "draws": len(both),
+                    "pretrain_seeds": len(a),
+                }
+            )
         return found
 
 
@@ -166,8 +144,8 @@ def paired_interval(difference: np.ndarray) -> tuple[float, float | None]:
     if not parts:
         return float(difference.mean()), None
     variance = sum(v for v, _ in parts)
-    if variance == 0:
-        return float(difference.mean()), 0.0
+    if variance == 0:  # all the same, as where every draw takes all labels
+        return float(difference.mean()), None
     freedom = variance**2 / sum(v**2 / f for v, f in parts)
     t = T975[max(1, min(30, math.floor(freedom))) - 1]
     return float(difference.mean()), float(t * math.sqrt(variance))
@@ -195,24 +173,32 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
         cells = [name, init, *figures, count, f"{first['seconds']:.1f}", first["protocol"]]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Top-1 in percent, mean ± standard deviation over label draws.", ""]
+    if any(c["pretrain_seeds"] == 1 for c in claims):
+        lines += [
+            "One pretraining seed: the intervals hold the label draws' variance, not its.",
+            "",
+        ]
     lines += [
-        "| claim, named beforehand | init | labels | difference | 95 % interval | holds |",
-        "|---|---|---|---|---|---|",
+        "| claim, named beforehand | init | labels | difference | 95 % interval | draws x seeds "
+        "| holds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for c in claims:
         interval = c["interval"]
         text = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "one draw: none"
-        holds = (
-            "not shown"
-            if not interval
-            else "yes"
-            if interval[0] > 0
-            else ("no, the opposite" if interval[1] < 0 else "not shown")
-        )
-        lines.append(
-            f"| {c['claim']} ({c['meaning']}) | {c['init']} | {c['labels']:,} | "
-            f"{c['difference']:+.2f} | {text} | {holds} |"
-        )
+        holds = "not shown"
+        if interval and (interval[0] > 0 or interval[1] < 0):
+            holds = "yes" if interval[0] > 0 else "no, the opposite"
+        cells = [
+            f"{c['claim']} ({c['meaning']})",
+            c["init"],
+            f"{c['labels']:,}",
+            f"{c['difference']:+.2f}",
+            text,
+            f"{c['draws']} x {c['pretrain_seeds']}",
+            holds,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

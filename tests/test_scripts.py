@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import TINY, metrics, state_of
@@ -175,7 +176,7 @@ def test_finetuning_starts_from_the_checkpoint_and_the_baseline_does_not(run, re
 def test_reproduce_writes_every_row_and_skips_what_is_done(sample, recipe, tmp_path, capsys):
     out = tmp_path / "table"
     flags = ["--recipe", recipe, "--out", str(out), "--mlp.steps", "5"]
-    reproduce.main(flags)
+    reproduce.main(argv=flags)
     rows = json.loads((out / "results.json").read_text())
     names = ["raw-pixels", "random-encoder", "baseline", "byol-knn", "byol-linear", "byol-mlp",
              "byol-finetune"]  # fmt: skip
@@ -192,16 +193,50 @@ def test_reproduce_writes_every_row_and_skips_what_is_done(sample, recipe, tmp_p
 
     cells, files = (out / "cells.jsonl").read_bytes(), trained_files()
     capsys.readouterr()
-    reproduce.main(flags)
+    reproduce.main(argv=flags)
     assert (out / "cells.jsonl").read_bytes() == cells and trained_files() == files
     assert json.loads((out / "results.json").read_text()) == rows
     # one cell lost: that one is measured again, to the same figure
     lines = cells.decode().splitlines(keepends=True)
     (out / "cells.jsonl").write_text("".join(lines[:-1]))
-    reproduce.main(flags)
+    reproduce.main(argv=flags)
     again = (out / "cells.jsonl").read_text().splitlines()
     assert len(again) == len(lines)
     assert json.loads(again[-1])["top1"] == json.loads(lines[-1])["top1"]
+
+
+def test_reproduce_refuses_to_mix_settings(sample, recipe, tmp_path, capsys):
+    out = tmp_path / "table"
+    flags = ["--recipe", recipe, "--out", str(out), "--mlp.steps", "5"]
+    reproduce.main(argv=flags)
+    cells = (out / "cells.jsonl").read_bytes()
+    for other in (["--mlp.steps", "6"], ["--evaluate-on", "validation"]):
+        with pytest.raises(SystemExit) as stop:
+            reproduce.main(argv=[*flags, *other])
+        assert stop.value.code == 2 and "another --out" in capsys.readouterr().err
+    assert (out / "cells.jsonl").read_bytes() == cells
+
+
+def test_reproduce_runs_in_two_processes(sample, recipe, tmp_path):
+    """In lockstep, as the same table; one rank's files are there when the other reads them."""
+    flags = ["--recipe", recipe, "--mlp.steps", "5", "--precision", "fp32"]
+
+    def table(out):
+        reproduce.main(argv=[*flags, "--out", str(out)])
+
+    forked.run(table, tmp_path / "two", ranks=2)
+    reproduce.main(argv=[*flags, "--out", str(tmp_path / "one")])
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert [(r["name"], r["labels"]) for r in one] == [(r["name"], r["labels"]) for r in two]
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["top1_mean"] - b["top1_mean"]) <= 3, a["name"]  # of 100 test images
+
+
+def test_an_evaluation_starts_from_the_recipe_of_its_run(run):
+    """finetune.py --ckpt RUN alone has the recipe's steps, rate and batch; flags still win."""
+    config = finetune.configure(["--ckpt", str(run)])
+    assert (config.optim.steps, config.optim.batch_size) == (5, 20)
+    assert finetune.configure(["--ckpt", str(run), "--steps", "9"]).optim.steps == 9
 
 
 PRETRAIN, LABELLED = train_byol.main, train_baseline.main

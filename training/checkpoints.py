@@ -95,7 +95,7 @@ class Checkpoints:
         Each one passed over is named with the reason; UserError where all are bad.
         """
         for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
         found = self.list()
         for path in reversed(found):
             reason = rejected(path)
@@ -119,20 +119,21 @@ def rejected(path: Path) -> str:
     return "" if actual == expected else "its checksum does not match"
 
 
-def training_state(method, optimizer, precision, config: dict, meta: dict) -> dict:
-    """All that a run needs to go on as if it had never stopped, and what an evaluation needs."""
+def training_state(method, optimizer, precision) -> dict:
+    """All that a run needs to go on as if it had never stopped."""
     return {
         "kind": method.name,
         "model": method.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": precision.state_dict(),
-        "config": config,
-        "meta": meta,
     }
 
 
-def resume_state(checkpoints: Checkpoints, resume: str, config, method) -> dict | None:
-    """The checkpoint that --resume names, checked against the settings; None for a fresh start."""
+def resume_state(checkpoints: Checkpoints, resume: str, config, method, facts: dict) -> dict | None:
+    """The checkpoint that --resume names, checked against the settings; None for a fresh start.
+
+    facts   what must be as it was without being a setting: number of images, actual precision
+    """
     if not resume:
         return None
     if resume == "auto":
@@ -146,8 +147,12 @@ def resume_state(checkpoints: Checkpoints, resume: str, config, method) -> dict 
         return None
     if not isinstance(state, dict) or state.get("kind") != method.name:
         raise UserError(f"--resume {resume}: not a checkpoint of {method.name}")
-    if changed := differences(config, state["config"]):
-        raise UserError("--resume: these settings differ from the run's: " + ", ".join(changed))
+    changed = differences(config, state["config"])
+    changed += [
+        f"{k} {state['facts'][k]} -> {v}" for k, v in facts.items() if state["facts"][k] != v
+    ]
+    if changed:
+        raise UserError("--resume: these differ from the run's: " + ", ".join(changed))
     return state
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal (saved; --re
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,27 +40,26 @@ def execute(
         )
         try:
             result = run(config, processes)
-        except Exception:
-            sys.stdout.flush()
-            if processes.world_size > 1 and "--debug" not in argv:
-                _one_line(argv, sys.exc_info()[1])
-                os._exit(1)  # a barrier would wait for ranks that are somewhere else
+        except Exception as error:
+            if processes.world_size > 1:
+                _tell(error, processes.main)
+                os._exit(1)  # leaving the group would wait for ranks that are somewhere else
             raise
         distributed.finish()
     except (UserError, NonFinite) as error:
         if "--debug" in argv:
             raise
-        _one_line(argv, error)
+        _tell(error, os.environ.get("RANK", "0") == "0")
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     if result.get("stopped"):
         raise SystemExit(STOPPED)
     return result
 
 
-def _one_line(argv: list[str], error: BaseException) -> None:
-    if isinstance(error, UserError | NonFinite):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        import traceback
-
+def _tell(error: Exception, main: bool) -> None:
+    """One line from the main process for what all ranks meet alike; else the traceback."""
+    sys.stdout.flush()
+    if not isinstance(error, UserError | NonFinite):
         traceback.print_exception(error)
+    elif main:
+        print(f"error: {error}", file=sys.stderr, flush=True)

@@ -250,7 +250,8 @@ def read_config(
     sections   section name -> dataclass
     own        the script's or method's own section, also found as `.method`
     defaults   tables that the method lays over the dataclasses' defaults
-    inherit    function of the extra arguments (such as --ckpt) that gives further default tables
+    inherit    function of the extra arguments (such as --ckpt) that gives further default tables,
+               and those of a recipe that takes the place of --recipe
     extra      ((flags, keywords of add_argument), ...)
     hide       options that have no meaning for this script: no flags, but keys in recipes
     Raises UserError for anything unknown or out of range.
@@ -259,10 +260,13 @@ def read_config(
     _layer(values, sections, defaults or {}, None, "defaults")
     given = vars(_parser(description, sections, values, extra, hide).parse_args(argv))
     flags = {key: given.pop(key) for key in list(given) if "." in key}
-    if inherit:
-        _layer(values, sections, inherit(SimpleNamespace(**given)), None, "the run of --ckpt")
+    tables, source = {}, f"--recipe {given['recipe']}"
+    if inherit:  # the run's settings, and its recipe's where none is given
+        shared, tables = inherit(SimpleNamespace(**given))
+        if not given["recipe"]:
+            _layer(values, sections, tables, own, "the recipe of --ckpt")
+        _layer(values, sections, shared, None, "the run of --ckpt")
     if given["recipe"]:
-        source = f"--recipe {given['recipe']}"
         tables = read_recipe(given["recipe"])
         for table in tables:
             if table not in (*sections, *KNOWN_TABLES) and not (VARIANTS / f"{table}.py").exists():
@@ -274,7 +278,7 @@ def read_config(
         kind = typing.get_type_hints(sections[section])[name]
         values[section][name] = check(value, field, kind, _flag(section, name))
     config = SimpleNamespace(**{s: cls(**values[s]) for s, cls in sections.items()}, **given)
-    config.sections, config.flags = tuple(sections), flags
+    config.sections, config.flags, config.tables = tuple(sections), flags, tables
     if own in sections:
         config.method = getattr(config, own)
     return config
@@ -296,8 +300,12 @@ def spell(flags: dict, hide: tuple = ()) -> list[str]:
 
 
 def as_dict(config: SimpleNamespace) -> dict:
-    """Plain types only, one table a section, so that weights_only loading and TOML can hold it."""
-    return {name: dataclasses.asdict(getattr(config, name)) for name in config.sections}
+    """Plain types only, so that weights_only loading can hold it: one table a section.
+
+    "recipe" holds the recipe's own tables: an evaluation of the run starts from them.
+    """
+    settings = {name: dataclasses.asdict(getattr(config, name)) for name in config.sections}
+    return settings | {"recipe": config.tables}
 
 
 def differences(config: SimpleNamespace, saved: dict) -> list[str]:

@@ -85,12 +85,15 @@ def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
     local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0
     local_size = int(os.environ["LOCAL_WORLD_SIZE"]) if launched else 1
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    usable = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(usable(0)) if usable else os.cpu_count()
+    torch.set_num_threads(threads or max(1, cores // local_size))
     device = torch.device(pick_device(device))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means float32; bf16 is the fast choice
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))

@@ -85,13 +85,16 @@ class OnlineProbe(Method):
         """The method's loss plus cross-entropy on the images whose label is known."""
         loss, logs = self.method.loss(outputs)
         logits = outputs["probe"].flatten(0, 1)
-        labels = labels.repeat(len(outputs["probe"]))
-        known = (labels >= 0).float()
-        each = nn.functional.cross_entropy(logits, labels.clamp(min=0), reduction="none")
-        right = (logits.argmax(1) == labels).float()
-        count = known.sum().clamp(min=1)
-        logs = logs | {"online_probe_top1": 100 * (right * known).sum() / count}
-        return loss + (each * known).sum() / count, logs
+        known = (labels >= 0).float().repeat(len(outputs["probe"]))
+        labels = labels.clamp(min=0).repeat(len(outputs["probe"]))
+        each = nn.functional.cross_entropy(logits, labels, reduction="none")
+        probe_loss = (each * known).sum() / known.sum().clamp(min=1)
+        return loss + probe_loss, logs | {"probe_loss": probe_loss}
+
+    def parameter_groups(self, weight_decay):
+        """The method's own groups, and the probe without weight decay."""
+        probe = {"params": list(self.probe.parameters()), "weight_decay": 0.0, "adapt": False}
+        return [*self.method.parameter_groups(weight_decay), probe]
 
     def after_step(self, progress):
         return self.method.after_step(progress)

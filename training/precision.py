@@ -43,7 +43,7 @@ class Precision:
         before = self.scaler.get_scale()
         self.scaler.step(optimizer)
         self.scaler.update()
-        return self.scaler.get_scale() >= before
+        return self.scaler.get_scale() >= before > 0
 
     def state_dict(self) -> dict:
         return self.scaler.state_dict()

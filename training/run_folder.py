@@ -30,7 +30,7 @@ def check_free(out: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--out {out}: a file is in its place")
     if (out / "config.json").exists() and not (resume or overwrite):
         raise UserError(
-            f"--out {out} holds a run: --resume continues it, --overwrite renames it away, "
+            f"--out {out} holds a run: --overwrite renames it away, --resume continues a training; "
             "or choose another --out"
         )
 
@@ -51,7 +51,8 @@ class RunFolder:
         if overwrite and not resume and (out / "config.json").exists():
             self._take_lock()  # not from under a run that is still writing
             self.lock.close()
-            out.rename(out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+            stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+            out.rename(out.with_name(f"{out.name}-{stamp}"))
         out.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         if not (resume and (out / "config.json").exists()):
@@ -70,7 +71,7 @@ class RunFolder:
         self.lock.write(str(os.getpid()))
         self.lock.flush()
 
-    def begin(self, start: int, stop: int, label: str, batch_size: int, tensorboard=True) -> None:
+    def begin(self, start: int, stop: int, label: str, batch_size: int) -> None:
         """Open the metrics for steps start .. stop-1; rows of later steps are cut away."""
         self.total = stop
         if not self.processes.main:
@@ -81,10 +82,9 @@ class RunFolder:
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
         self.metrics = open(path, "a", buffering=1)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self.writer = SummaryWriter(str(self.out), purge_step=start or None)
+        self.writer = SummaryWriter(str(self.out), purge_step=start or None)
         self.bar = tqdm(
             total=stop * batch_size,
             initial=start * batch_size,

@@ -3,6 +3,7 @@
 The scripts of pretraining and of labelled training begin here and own their loops themselves.
 """
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,12 +47,26 @@ class Session:
         self.folder = RunFolder(
             out, as_dict(config), processes, resume=resume, overwrite=run.overwrite
         )
+        self.facts = {"images": len(loader.images), "precision": self.precision.name}
+        self.done, self.before, self.began = 0, 0.0, time.perf_counter()
         try:
-            state = resume_state(self.checkpoints, run.resume, config, method)
-            self.start = restore(state, method, self.optimizer, self.precision) if state else 0
+            state = resume_state(self.checkpoints, run.resume, config, method, self.facts)
+            if state:
+                self.done = restore(state, method, self.optimizer, self.precision)
+                self.before = state["seconds"]
         except BaseException:
             self.folder.close()  # or this process would hold the lock for as long as it lives
             raise
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the schedule are done."""
+        return self.done == self.total
+
+    @property
+    def seconds(self) -> float:
+        """Time in this run so far, that before a resume included."""
+        return self.before + time.perf_counter() - self.began
 
     @property
     def meta(self) -> dict:
@@ -72,12 +87,12 @@ class Session:
         text = f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
         text += f"{o.batch_size} images ({self.total / self.loader.steps_per_epoch:.3g} epochs), "
         text += f"{o.optimizer}, learning rate {self.peak:g}"
-        return text + (f"; going on from step {self.start:,}" if self.start else "")
+        return text + (f"; going on from step {self.done:,}" if self.done else "")
 
     def steps(self) -> Iterator[Step]:
         """The training steps from where the run stands; see `train_steps`."""
         o = self.config.optim
-        self.folder.begin(self.start, self.stop, self.method.name, o.batch_size)
+        self.folder.begin(self.done, self.stop, self.method.name, o.batch_size)
         return train_steps(
             self.model,
             self.loader,
@@ -86,19 +101,24 @@ class Session:
             peak=self.peak,
             warmup=self.warmup,
             total=self.total,
-            start=self.start,
+            start=self.done,
             stop=self.stop,
         )
 
     def save_if_due(self, step: Step, watch: Watch) -> None:
         """Read the stop and finite flags; save at the cadence, on request and at the end."""
+        self.done = step.index + 1
         due = self.checkpoints.due(step) or step.index == self.stop - 1
         watch.look(step, self.method, saving=due)
         if not (due or watch.stop or watch.save):
             return
+        self.share_buffers()
+        if self.processes.main:
+            state = training_state(self.method, self.optimizer, self.precision)
+            state |= {"config": as_dict(self.config), "meta": self.meta, "facts": self.facts}
+            self.checkpoints.save(self.done, state | {"seconds": self.seconds})
+
+    def share_buffers(self) -> None:
+        """Before evaluating and saving: with local batch norm, rank 0's buffers for all."""
         if self.config.run.batch_norm == "local":
             distributed.broadcast_buffers(self.method)
-        if self.processes.main:
-            config = as_dict(self.config)
-            parts = self.method, self.optimizer, self.precision
-            self.checkpoints.save(step.index + 1, training_state(*parts, config, self.meta))

@@ -23,15 +23,12 @@ class Weights:
     config: dict
     folder: Path
 
-    def tables(self) -> dict:
-        """Defaults for an evaluation: the run's data set and sizes, and the encoder's shape."""
-        data = {
-            k: v
-            for k, v in self.config.get("data", {}).items()
-            if k not in ("labels", "draw", "fold", "evaluate_on", "download")
-        }
+    def tables(self) -> tuple[dict, dict]:
+        """For an evaluation: the run's data and the encoder's shape; its recipe's tables."""
+        draws = ("labels", "draw", "fold", "evaluate_on", "download")
+        data = {k: v for k, v in self.config.get("data", {}).items() if k not in draws}
         shape = {k: self.meta[k] for k in ("arch", "stem", "width", "init") if k in self.meta}
-        return {"data": data, "encoder": shape}
+        return {"data": data, "encoder": shape}, self.config.get("recipe", {})
 
     def normalisation(self, images) -> tuple[list, list]:
         """Mean and std of the inputs it was trained on; those of `images` where none are known."""
@@ -98,6 +95,14 @@ def strip(state: dict) -> dict:
     return {bare(k): v for k, v in state.items()}
 
 
+def check_shape(weights: Weights, config, source: str) -> None:
+    """UserError where the encoder's settings are not those the weights were made with."""
+    for key in ("arch", "stem", "width"):
+        made = weights.meta.get(key, getattr(config, key))
+        if made != getattr(config, key):
+            raise UserError(f"{source}: made with --{key} {made}, not {getattr(config, key)}")
+
+
 def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copy `state` into the encoder; UserError with the first names unless all fit exactly.
 
@@ -151,11 +156,6 @@ def initialise(encoder: nn.Module, config, mean: list, std: list) -> tuple[list,
         load_weights(encoder, state, "--init imagenet")
         return IMAGENET_MEAN, IMAGENET_STD
     weights = read_weights(config.init, "--init")
-    for key in ("arch", "stem", "width"):
-        if key in weights.meta and weights.meta[key] != getattr(config, key):
-            raise UserError(
-                f"--init {config.init}: made with --{key} {weights.meta[key]}, "
-                f"not {getattr(config, key)}"
-            )
+    check_shape(weights, config, f"--init {config.init}")
     load_weights(encoder, weights.state_dict, f"--init {config.init}")
     return weights.meta.get("mean", mean), weights.meta.get("std", std)

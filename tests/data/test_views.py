@@ -256,12 +256,25 @@ def test_a_switched_off_operation_leaves_the_other_numbers_alone():
         assert np.array_equal(with_blur[name], without[name])
 
 
-def test_supervised_views_are_crop_flip_and_jitter():
-    view = ViewConfig.supervised([0.3, 1.0], 0.5, 0.0)
+def test_supervised_views_are_crop_shift_and_flip():
+    view = ViewConfig.supervised([0.3, 1.0], 0, 0.5)
     drawn = many(view, count=2000)
     assert not any(drawn[name].any() for name in ("jitter", "grey", "blur", "solarize"))
     assert 0.4 < drawn["flip"].mean() < 0.6
-    assert many(ViewConfig.supervised([0.3, 1.0], 0.0, 0.2), count=100)["jitter"].all()
+
+
+def test_a_shift_is_a_crop_from_a_zero_border():
+    """The usual random crop of a padded image, by slicing."""
+    square = photographs(40, 20, 20)
+    view = ViewConfig.supervised([1.0, 1.0], 3, 0.0)
+    drawn = draw(view, 40, 20, 20, np.random.default_rng(0))
+    assert set(drawn["top"]) == set(drawn["left"]) == set(range(-3, 4))
+    assert set(drawn["h"]) == set(drawn["w"]) == {20}
+    padded = torch.nn.functional.pad(square.float() / 255, (3, 3, 3, 3))
+    found = apply(square, view, drawn, 20)
+    for x, image, top, left in zip(found, padded, drawn["top"], drawn["left"], strict=True):
+        expected = image[:, top + 3 : top + 23, left + 3 : left + 23]
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name, pair", [("area", [1.0, 0.5]), ("aspect", [1.0]),

@@ -9,7 +9,7 @@ import torch
 from byol.networks import Encoder
 from data.images import Images
 from eval.features import extract
-from eval.knn import HeldOutKNN, knn_top1
+from eval.knn import HeldOut, held_out_order, hold_out_labels, knn_top1
 from training.distributed import SINGLE
 
 
@@ -50,16 +50,16 @@ def due(knn, index, last=False):
 
 def test_it_is_due_at_the_cadence_and_the_end_and_never_without_labels():
     how = ([0.5] * 3, [0.25] * 3, (0, 0))
-    knn = HeldOutKNN(*images(), 3, how)
+    knn = HeldOut(*images(), 3, how)
     assert [due(knn, k) for k in range(6)] == [False, False, True] * 2
     assert due(knn, 0, last=True)
-    assert not due(HeldOutKNN(*images(), 0, how), 0, last=True)
-    assert not due(HeldOutKNN(None, None, 3, how), 2, last=True)
+    assert not due(HeldOut(*images(), 0, how), 0, last=True)
+    assert not due(HeldOut(None, None, 3, how), 2, last=True)
 
 
 def test_queries_are_held_out_of_the_bank():
     pictures, labels = images()
-    knn = HeldOutKNN(pictures, labels, 1, ([0.5] * 3, [0.25] * 3, (0, 0)))
+    knn = HeldOut(pictures, labels, 1, ([0.5] * 3, [0.25] * 3, (0, 0)))
     assert knn.queries == 12
     everything = np.arange(60)
     rows = [row.numpy().tobytes() for row in knn.images.gather(everything)]
@@ -72,5 +72,19 @@ def test_queries_are_held_out_of_the_bank():
     x = extract(encoder, knn.images, [0.5] * 3, [0.25] * 3)
     expected = naive(x[12:].numpy(), knn.labels[12:].tolist(), x[:12].numpy(),
                      knn.labels[:12].tolist(), 20, 0.07)  # fmt: skip
-    assert knn.top1(encoder, SINGLE) == pytest.approx(expected)
-    assert knn.seconds > 0
+    method = SimpleNamespace(encoder=encoder)
+    assert knn.figures(method, SINGLE) == {"knn_top1": pytest.approx(expected)}
+    method.probe = torch.nn.Linear(encoder.feature_size, 4)
+    right = (method.probe(x[:12]).argmax(1) == knn.labels[:12]).float().mean().item()
+    assert knn.figures(method, SINGLE)["online_probe_top1"] == pytest.approx(100 * right)
+
+
+def test_the_probe_never_sees_the_labels_it_is_measured_on():
+    pictures, labels = images()
+    everything = np.concatenate([labels, np.full(7, -1)])
+    seen = hold_out_labels(everything, labels)
+    held = HeldOut(pictures, labels, 1, None)
+    order, queries = held_out_order(len(labels))
+    assert queries == held.queries == 12 and (seen[order[:12]] == -1).all()
+    assert (seen[order[12:]] == labels[order[12:]]).all() and (seen[60:] == -1).all()
+    assert (everything[:60] == labels).all()

@@ -45,7 +45,7 @@ def test_intervals_cover_what_they_promise():
 
 def test_one_figure_has_no_interval():
     assert paired_interval(np.array([[2.5]])) == (2.5, None)
-    assert paired_interval(np.full((1, 3), 2.5)) == (2.5, 0.0)
+    assert paired_interval(np.full((1, 3), 2.5)) == (2.5, None)
 
 
 def filled(path) -> Cells:
@@ -160,3 +160,14 @@ def test_the_picture_is_a_png(tmp_path):
     data = (tmp_path / "results.png").read_bytes()
     assert data.startswith(b"\x89PNG") and len(data) > 10000
     json.dumps(rows)  # plain numbers
+
+
+def test_claims_pair_draws_by_their_number(tmp_path):
+    cells = Cells(tmp_path / "cells.jsonl", write=False)
+    other = dict(seconds=1.0, protocol="p", test_images=10)
+    for draw, a, b in ((0, 70.0, 60.0), (1, 80.0, None), (2, 75.0, 68.0)):
+        cells.add(("byol-linear", "random", 100, draw, 0), top1=a, **other)
+        if b:
+            cells.add(("raw-pixels", "none", 100, draw, 0), top1=b, **other)
+    (claim,) = cells.claims("byol")
+    assert claim["draws"] == 2 and claim["difference"] == 8.5

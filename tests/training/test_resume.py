@@ -12,6 +12,7 @@ from torch import nn
 import train_baseline
 import train_byol
 from byol.byol import BYOL
+from data.images import Images
 
 FLAGS = ["--save-every", "4", "--quiet"]
 
@@ -143,6 +144,24 @@ def test_a_finished_run_is_left_alone(whole, recipe, capsys):
     result = train(recipe, whole, "--resume", method=Dropped)
     assert result == {"complete": True}
     assert tree(whole) == before
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_result_finishes(whole, recipe):
+    result = json.loads((whole / "result.json").read_text())
+    for name in ("result.json", "encoder.pt"):
+        (whole / name).unlink()
+    again = train(recipe, whole, "--resume", method=Dropped)
+    assert (whole / "encoder.pt").exists()
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+    assert again == json.loads((whole / "result.json").read_text())
+
+
+def test_other_data_under_the_same_settings_is_an_error(whole, recipe, capsys, monkeypatch):
+    (whole / "result.json").unlink()
+    monkeypatch.setattr(Images, "__len__", lambda self: 300)
+    with pytest.raises(SystemExit) as stop:
+        train(recipe, whole, "--resume", method=Dropped)
+    assert stop.value.code == 2 and "images 320 -> 300" in capsys.readouterr().err
 
 
 def test_resume_without_any_checkpoint_starts_afresh(whole, recipe, tmp_path):

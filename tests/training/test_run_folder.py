@@ -31,7 +31,7 @@ def test_an_existing_run_is_refused(tmp_path):
     out = tmp_path / "run"
     started(out)
     before = (out / "config.json").read_bytes()
-    with pytest.raises(UserError, match="--resume continues it, --overwrite renames it"):
+    with pytest.raises(UserError, match="--overwrite renames it away, --resume continues"):
         RunFolder(out, {"a": 2}, QUIET)
     assert (out / "config.json").read_bytes() == before
     started(out, resume=True)

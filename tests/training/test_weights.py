@@ -54,9 +54,11 @@ def test_everything_that_a_run_leaves_loads_equal(run, tmp_path):
     for path in paths[:3]:
         weights = read_weights(path)
         assert weights.folder == run
-        assert weights.tables()["encoder"] == {"arch": "resnet18", "stem": "small",
-                                               "width": 0.125, "init": "random"}  # fmt: skip
-        assert weights.tables()["data"]["crop_size"] == 16
+        shared, recipe_tables = weights.tables()
+        assert recipe_tables["finetune"]["steps"] == 5
+        assert shared["encoder"] == {"arch": "resnet18", "stem": "small",
+                                     "width": 0.125, "init": "random"}  # fmt: skip
+        assert shared["data"]["crop_size"] == 16
     fresh = encoder(seed=9)
     load_weights(fresh, trained, "x")
     assert same(fresh.state_dict(), trained)
