@@ -10,6 +10,7 @@ from train_baseline import DEFAULTS, HIDE, train
 from training.command import execute
 from training.config import EncoderConfig, OptimConfig, RunConfig, read_config
 from training.distributed import Processes
+from training.run_folder import say
 from training.weights import check_shape, load_weights, read_weights
 
 CKPT_HELP = "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
@@ -55,6 +56,7 @@ def run(config, processes: Processes) -> dict:
     check_shape(config.weights, e, f"--ckpt {config.ckpt}")
     load_weights(encoder, config.weights.state_dict, f"--ckpt {config.ckpt}")
     mean, std = config.weights.normalisation(split.train)
+    say(processes, f"fine-tuning the encoder of {config.ckpt}")
     return train(config, processes, Finetune, encoder, split, data.class_names, mean, std)
 
 

@@ -131,7 +131,8 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
             save_encoder(out / "encoder.pt", method.encoder, session.meta)
             write_json(out / "result.json", result)
         barrier()  # what the main process wrote is there for all
-    shown = "".join(f"{name} {value:.2f} %, " for name, value in figures.items())
+    words = {"knn_top1": "k-NN", "online_probe_top1": "online probe"}
+    shown = "".join(f"{words[k]} {v:.2f} % on held-out train images, " for k, v in figures.items())
     say(processes, f"{out}/encoder.pt: {shown}{result['seconds']:.0f} s")
     say(processes, f"next: python linear_eval.py --ckpt {shlex.quote(str(out))}")
     return result

@@ -105,9 +105,9 @@ class Split:
 def label_draw(labels: np.ndarray, count: int, draw: int) -> np.ndarray:
     """Sorted indices of `count` labels, equally many of each class; draws are nested in count.
 
-    count   0 for all; must be a multiple of the number of classes and at most what there is
+    count   0 or their number for all; else a multiple of the classes, at most what there is
     """
-    if count == 0:
+    if count in (0, len(labels)):
         return np.arange(len(labels))
     classes = np.unique(labels)
     each = count // len(classes)

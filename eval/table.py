@@ -234,7 +234,7 @@ def picture(rows: list[dict], path: Path, title: str) -> None:
             ls="--" if control else "-",
         )
         ends.append([y[-1], x[-1], label, line[0].get_color()])
-    _spread(ends, gap=(axes.get_ylim()[1] - axes.get_ylim()[0]) / 22)
+    _spread(ends, gap=(axes.get_ylim()[1] - axes.get_ylim()[0]) / 26)
     right = max(r["labels"] for r in rows)
     for y, _, label, colour in ends:
         axes.annotate(
