@@ -32,6 +32,13 @@ def test_label_draw_is_balanced_sorted_and_without_repeats(count):
     assert (np.bincount(LABELS[chosen]) == count // 5).all()
 
 
+def test_all_labels_are_all_of_them_however_unbalanced():
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    assert label_draw(labels, 0, 3).tolist() == label_draw(labels, 6, 4).tolist() == list(range(6))
+    with pytest.raises(UserError, match="at most 3"):
+        label_draw(labels, 5, 0)
+
+
 def test_label_draws_are_nested_in_count():
     sets = [set(label_draw(LABELS, count, draw=1)) for count in (5, 10, 25, 50, 100)]
     assert all(small < large for small, large in zip(sets, sets[1:], strict=False))

@@ -10,7 +10,7 @@ import pytest
 import linear_eval
 import train_baseline
 import train_byol
-from training.config import UserError, as_dict, differences, option, read_config
+from training.config import UserError, as_dict, differences, option, read_config, spell
 from variants.simsiam import SimSiam
 
 ROOT = Path(train_byol.__file__).parent
@@ -184,6 +184,13 @@ def test_as_dict_is_a_recipe_of_the_same_settings(tmp_path):
     assert tomllib.loads(path.read_text()) == tables
     again = as_dict(train_byol.configure(["--recipe", str(path)]))
     assert again == {**tables, "recipe": tables}
+
+
+def test_spell_gives_the_flags_again():
+    words = ["--lr", "0.5", "--view1.area", "0.25", "1.0", "--no-download", "--seed", "3"]
+    flags = train_byol.configure(words).flags
+    assert train_byol.configure(spell(flags)).flags == flags
+    assert spell(flags, hide=("seed", "area", "lr")) == ["--no-download"]
 
 
 def test_differences_are_those_that_shape_the_run():
