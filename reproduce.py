@@ -271,6 +271,8 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
     """All rows; writes results.json, results.md and results.png into --out."""
     started, m = time.perf_counter(), method_class.name
     table, r = Table(config, processes), config.reproduce
+    if "imagenet" in r.inits:  # missing weights are found out now, not after hours
+        starting_point(table, "imagenet", 0)
     control_rows(table, r.inits)
     costs = []
     for init in r.inits:
