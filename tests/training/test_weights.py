@@ -1,14 +1,16 @@
 """Weights from everywhere load equal, or are refused with a line that says why."""
 
+import json
 import urllib.error
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from conftest import state_of
+from conftest import TINY, state_of
 
 import linear_eval
+import reproduce
 import train_baseline
 import train_byol
 from byol.networks import Encoder
@@ -255,3 +257,30 @@ def test_bare_weights_need_their_shape_on_the_command_line(sample, run, tmp_path
     assert stop.value.code == 2 and "--width" in text and text.count("\n") == 1
     result = linear_eval.main([*flags, "--stem", "small", "--width", "0.125"])
     assert result["images"] == 100
+
+
+def test_the_table_of_both_starts_has_the_imagenet_control(sample, tmp_path, cached):
+    path = tmp_path / "both.toml"
+    text = TINY.replace('stem = "small"', 'stem = "imagenet"').replace("width = 0.125", "width = 1")
+    text = text.replace("steps = 10", "steps = 1").replace("batch_size = 64", "batch_size = 4")
+    text = text.replace("budgets = [20, 40]", "budgets = [20]").replace("draws = 2", "draws = 1")
+    path.write_text(text + 'inits = ["random", "imagenet"]\n')
+    reproduce.main(argv=["--recipe", str(path), "--out", str(tmp_path / "table"), "--quiet"])
+    rows = json.loads((tmp_path / "table" / "results.json").read_text())
+    found = {(r["name"], r["init"]) for r in rows}
+    both = {"baseline", "byol-knn", "byol-linear", "byol-mlp", "byol-finetune"}
+    assert found == {(n, i) for n in both for i in ("random", "imagenet")} | {
+        ("raw-pixels", "none"), ("random-encoder", "none"), ("imagenet-features", "imagenet")
+    }  # fmt: skip
+    claims = json.loads((tmp_path / "table" / "claims.json").read_text())
+    assert {c["init"] for c in claims} == {"random", "imagenet"}
+
+
+def test_a_table_without_its_weights_says_so_before_any_row(sample, tmp_path, cache, capsys):
+    path = tmp_path / "both.toml"
+    text = TINY.replace('stem = "small"', 'stem = "imagenet"').replace("width = 0.125", "width = 1")
+    path.write_text(text + 'inits = ["imagenet"]\n')
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(argv=["--recipe", str(path), "--out", str(tmp_path / "table")])
+    assert stop.value.code == 2 and str(cache) in capsys.readouterr().err
+    assert not (tmp_path / "table" / "cells.jsonl").exists()
