@@ -217,6 +217,16 @@ def test_reproduce_refuses_to_mix_settings(sample, recipe, tmp_path, capsys):
     assert (out / "cells.jsonl").read_bytes() == cells
 
 
+def test_settings_are_chosen_without_test_images(sample, recipe, tmp_path):
+    """In every row, what is measured on are the labelled images outside the draw."""
+    out = tmp_path / "table"
+    flags = ["--recipe", recipe, "--out", str(out), "--mlp.steps", "5", "--quiet"]
+    reproduce.main(argv=[*flags, "--evaluate-on", "validation", "--reproduce.first-draw", "1000"])
+    cells = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+    assert len({c["name"] for c in cells}) == 7 and {c["draw"] for c in cells} == {1000, 1001}
+    assert all(c["test_images"] == 100 - c["labels"] for c in cells)
+
+
 def test_reproduce_runs_in_two_processes(sample, recipe, tmp_path):
     """In lockstep, as the same table; one rank's files are there when the other reads them."""
     flags = ["--recipe", recipe, "--mlp.steps", "5", "--precision", "fp32"]

@@ -244,3 +244,19 @@ def test_a_method_with_three_views_of_three_sizes_trains(sample, recipe, tmp_pat
     assert ThreeViews.sides == [[16, 12, 8]] * 10
     assert (out / "encoder.pt").exists()
     assert '"pull"' in (out / "metrics.jsonl").read_text()
+
+
+def test_a_probed_run_never_shows_the_probe_what_it_is_measured_on(
+    sample, recipe, tmp_path, monkeypatch
+):
+    seen, inner = [], OnlineProbe.loss
+
+    def loss(self, outputs, labels):
+        seen.append(int((labels >= 0).sum()))
+        return inner(self, outputs, labels)
+
+    monkeypatch.setattr(OnlineProbe, "loss", loss)
+    flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--online-probe", "--quiet"]
+    result = train_byol.main(argv=[*flags, "--steps", "5", "--knn-every", "5"])
+    assert sum(seen) == 80  # one epoch of 320 images: 100 labelled, a fifth of them held out
+    assert 0 <= result["online_probe_top1"] <= 100

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed ends bit by bit where the uninterrupted one does."""
 
+import itertools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import torch
 from conftest import metrics, state_of, trained
 from torch import nn
 
+import data.sample
 import train_baseline
 import train_byol
 from byol.byol import BYOL
@@ -154,6 +156,19 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_result_finishes(whole,
     assert (whole / "encoder.pt").exists()
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
     assert again == json.loads((whole / "result.json").read_text())
+
+
+def test_the_time_before_a_stop_counts(sample, recipe, tmp_path, monkeypatch):
+    clock = itertools.count(step=1000)  # seconds a look
+    monkeypatch.setattr("training.session.time.perf_counter", lambda: float(next(clock)))
+    out = tmp_path / "run"
+    train(recipe, out, "--stop-after", "5")
+    (newest,) = (out / "checkpoints").glob("step-*5.pt")
+    before = torch.load(newest, weights_only=True)["seconds"]
+    assert before >= 1000
+    monkeypatch.undo()
+    monkeypatch.setattr(data.sample, "load", lambda root, config: sample)
+    assert train(recipe, out, "--resume")["seconds"] >= before
 
 
 def test_other_data_under_the_same_settings_is_an_error(whole, recipe, capsys, monkeypatch):
