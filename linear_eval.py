@@ -29,21 +29,9 @@ HEAD = (
         help="logistic regression, or one hidden layer [linear]",
     ),
 )
-HIDE = (
-    "pretrain_on",
-    "init",
-    "zero_init",
-    "resume",
-    "precision",
-    "batch_norm",
-    "compile",
-    "log_every",
-    "save_every",
-    "keep",
-    "check_every",
-    "knn_every",
-    "stop_after",
-    "online_probe",
+HIDE = tuple(
+    "pretrain_on init zero_init resume precision batch_norm compile "
+    "log_every save_every keep check_every knn_every stop_after online_probe".split()
 )
 
 

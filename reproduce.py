@@ -42,17 +42,7 @@ from training.run_folder import git_commit, say, write_json
 from training.stopping import STOPPED
 from training.weights import initialise, load_weights, read_weights
 
-HIDE = (
-    "labels",
-    "draw",
-    "fold",
-    "init",
-    "resume",
-    "overwrite",
-    "stop_after",
-    "online_probe",
-    "seed",
-)
+HIDE = tuple("labels draw fold init resume overwrite stop_after online_probe seed".split())
 SHARED = ("data", "encoder", "run")  # sections whose flags go on to the scripts
 
 
@@ -192,11 +182,8 @@ def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, featur
         else:
             classifier = fit(how, x, labels, classes, c.linear, c.mlp, seed)
             top1 = classifier.top1(y, truth)
-            protocol = (
-                "logistic regression, L2 cross-validated in the labels"
-                if how == "linear"
-                else "MLP on frozen features"
-            )
+            strength = c.linear.strength or "cross-validated in the labels"
+            protocol = f"logistic regression, L2 {strength}" if how == "linear" else classifier.how
         table.add(key, top1, time.perf_counter() - begun, protocol, len(truth))
 
 
@@ -204,15 +191,15 @@ def control_rows(table: Table, inits: list[str]) -> None:
     """Raw pixels, random encoders of the same shape, and untouched ImageNet features."""
     frozen_rows(table, {"raw-pixels": "linear"}, "none", 0, pixels)
     for seed in range(table.config.reproduce.seeds):
-        features = Lazy(table, lambda seed=seed: starting_point(table, "random", seed))
+        features = FrozenFeatures(table, lambda seed=seed: starting_point(table, "random", seed))
         frozen_rows(table, {"random-encoder": "linear"}, "none", seed, features)
     if "imagenet" in inits:
-        features = Lazy(table, lambda: starting_point(table, "imagenet", 0))
+        features = FrozenFeatures(table, lambda: starting_point(table, "imagenet", 0))
         frozen_rows(table, {"imagenet-features": "linear"}, "imagenet", 0, features)
 
 
-class Lazy:
-    """Frozen features of an encoder that is built when the first images are asked for."""
+class FrozenFeatures:
+    """Features of an encoder that is built when the first images are asked for."""
 
     def __init__(self, table: Table, build) -> None:
         self.table, self.build, self.built = table, build, None
@@ -287,7 +274,7 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
             costs.append(read_result(table.out / folder)["seconds"])
             run_folder = table.out / folder
             rows = {f"{m}-knn": "knn", f"{m}-linear": "linear", f"{m}-mlp": "mlp"}
-            features = Lazy(table, lambda folder=run_folder: pretrained(table, folder))
+            features = FrozenFeatures(table, lambda folder=run_folder: pretrained(table, folder))
             frozen_rows(table, rows, init, seed, features)
             trained_rows(table, f"{m}-finetune", init, seed, finetune, ["--ckpt", str(run_folder)])
     rows, claims = table.cells.rows(), table.cells.claims(m)
@@ -309,12 +296,11 @@ def pretrained(table: Table, folder: Path):
 
 def report(table: Table, rows, claims, costs: list[float], total: float) -> None:
     """Write the three files and print the table."""
-    c, out = table.config, table.out
-    measured = c.data.evaluate_on
+    c, out, p = table.config, table.out, table.processes
     notes = [
-        f"{c.data.dataset}: measured on {rows[0]['test_images']:,} {measured} images. Pretraining "
-        f"took {sum(costs) / len(costs):.0f} s a seed on {table.processes.world_size} x "
-        f"{table.processes.device.type} ({processor()}), {torch.get_num_threads()} threads; "
+        f"{c.data.dataset}: measured on {rows[0]['test_images']:,} {c.data.evaluate_on} images. "
+        f"Pretraining took {sum(costs) / len(costs):.0f} s a seed on {p.world_size} x "
+        f"{p.device.type} ({processor(p.device)}), {torch.get_num_threads()} threads; "
         "`seconds` is the time of one cell beyond that and beyond extracting features.",
         "",
         f"`python reproduce.py {shlex.join(sys.argv[1:])}`, commit {git_commit()}.",
@@ -326,12 +312,12 @@ def report(table: Table, rows, claims, costs: list[float], total: float) -> None
     write_json(out / "claims.json", claims)
     (out / "results.md").write_text(text)
     picture(rows, out / "results.png", c.reproduce.title)
-    say(table.processes, "\n" + text)
+    say(p, "\n" + text)
 
 
-def processor() -> str:
+def processor(device: torch.device) -> str:
     """The name of the GPU, or of the CPU as far as the system tells."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

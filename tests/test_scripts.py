@@ -170,7 +170,9 @@ def test_finetuning_starts_from_the_checkpoint_and_the_baseline_does_not(run, re
     assert torch.equal(tuned["state_dict"]["conv1.weight"], kept)
     assert not torch.equal(base["state_dict"]["conv1.weight"], kept)
     # what the encoder was pretrained with is what its images are normalised with
-    assert tuned["meta"]["mean"] == torch.load(run / "encoder.pt")["meta"]["mean"]
+    assert (
+        tuned["meta"]["mean"] == torch.load(run / "encoder.pt", weights_only=True)["meta"]["mean"]
+    )
 
 
 def test_reproduce_writes_every_row_and_skips_what_is_done(sample, recipe, tmp_path, capsys):
