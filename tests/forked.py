@@ -80,6 +80,7 @@ class Children:
                        "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
         store = f"file://{self.folder}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+        dist.barrier()  # a rank with nothing to say would be gone while another still connects
 
     def poll(self) -> bool:
         """Whether all have ended."""
