@@ -8,13 +8,10 @@ from byol.networks import Encoder
 from data import datasets
 from train_baseline import DEFAULTS, HIDE, train
 from training.command import execute
-from training.config import EncoderConfig, OptimConfig, RunConfig, read_config
+from training.config import EncoderConfig, OptimConfig, RunConfig
 from training.distributed import Processes
 from training.run_folder import say
-from training.weights import check_shape, load_weights, read_weights
-
-CKPT_HELP = "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
-CKPT = (("--ckpt",), dict(required=True, metavar="RUN", help=CKPT_HELP))
+from training.weights import read_ckpt_config
 
 
 def configure(argv: list[str]):
@@ -26,23 +23,14 @@ def configure(argv: list[str]):
         "run": RunConfig,
         "finetune": Finetune.Config,
     }
-    found = {}
-
-    def inherit(given) -> dict:
-        found["weights"] = read_weights(given.ckpt)
-        return found["weights"].tables()
-
-    config = read_config(
+    config = read_ckpt_config(
         argv,
         sections,
         own="finetune",
         defaults=DEFAULTS,
-        inherit=inherit,
         description=__doc__,
-        extra=(CKPT,),
         hide=(*HIDE, "init"),
     )
-    config.weights = found["weights"]
     config.run.out = config.run.out or config.weights.beside("finetune", config.data)
     return config
 
@@ -53,8 +41,7 @@ def run(config, processes: Processes) -> dict:
     split = data.evaluation(config.data)
     e = config.encoder
     encoder = Encoder(e.arch, e.stem, e.width)
-    check_shape(config.weights, e, f"--ckpt {config.ckpt}")
-    load_weights(encoder, config.weights.state_dict, f"--ckpt {config.ckpt}")
+    config.weights.load_into(encoder, e, f"--ckpt {config.ckpt}")
     mean, std = config.weights.normalisation(split.train)
     say(processes, f"fine-tuning the encoder of {config.ckpt}")
     return train(config, processes, Finetune, encoder, split, data.class_names, mean, std)

@@ -4,6 +4,7 @@ python linear_eval.py --ckpt runs/byol-stl10
 python linear_eval.py --ckpt runs/byol-sample --head mlp --labels 100
 """
 
+import shlex
 import time
 from pathlib import Path
 
@@ -13,13 +14,12 @@ from byol.networks import Encoder
 from data import datasets
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.features import extract
-from finetune import CKPT
 from training.checkpoints import save_file
 from training.command import execute
-from training.config import EncoderConfig, RunConfig, as_dict, read_config
+from training.config import EncoderConfig, RunConfig, as_dict
 from training.distributed import Processes
 from training.run_folder import RunFolder, say, write_json
-from training.weights import check_shape, load_weights, read_weights
+from training.weights import read_ckpt_config
 
 HEAD = (
     ("--head",),
@@ -44,16 +44,7 @@ def configure(argv: list[str]):
         "linear": LinearConfig,
         "mlp": MLPConfig,
     }
-    found = {}
-
-    def inherit(given) -> dict:
-        found["weights"] = read_weights(given.ckpt)
-        return found["weights"].tables()
-
-    config = read_config(
-        argv, sections, inherit=inherit, description=__doc__, extra=(CKPT, HEAD), hide=HIDE
-    )
-    config.weights = found["weights"]
+    config = read_ckpt_config(argv, sections, description=__doc__, extra=(HEAD,), hide=HIDE)
     config.run.out = config.run.out or config.weights.beside(config.head, config.data)
     return config
 
@@ -69,8 +60,7 @@ def run(config, processes: Processes) -> dict:
     # model
     e = config.encoder
     encoder = Encoder(e.arch, e.stem, e.width)
-    check_shape(config.weights, e, f"--ckpt {config.ckpt}")
-    load_weights(encoder, config.weights.state_dict, f"--ckpt {config.ckpt}")
+    config.weights.load_into(encoder, e, f"--ckpt {config.ckpt}")
     encoder.to(processes.device, memory_format=torch.channels_last)
     mean, std = config.weights.normalisation(split.train)
     say(
@@ -125,7 +115,7 @@ def run(config, processes: Processes) -> dict:
         f"{out}: top-1 {result['top1']:.2f} % on {result['images']:,} "
         f"{result['measured_on']} images with {result['labels']:,} labels "
         f"({result['protocol']}), {result['seconds']:.0f} s\n"
-        f"next: python finetune.py --ckpt {config.ckpt}",
+        f"next: python finetune.py --ckpt {shlex.quote(config.ckpt)}",
     )
     return result
 

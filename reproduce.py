@@ -40,7 +40,7 @@ from training.config import (
 )
 from training.run_folder import git_commit, say, write_json
 from training.stopping import STOPPED
-from training.weights import initialise, load_weights, read_weights
+from training.weights import imagenet_weights, initialise, read_weights
 
 HIDE = tuple("labels draw fold init resume overwrite stop_after online_probe seed".split())
 SHARED = ("data", "encoder", "run")  # sections whose flags go on to the scripts
@@ -259,7 +259,8 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
     started, m = time.perf_counter(), method_class.name
     table, r = Table(config, processes), config.reproduce
     if "imagenet" in r.inits:  # missing weights are found out now, not after hours
-        starting_point(table, "imagenet", 0)
+        e = config.encoder
+        imagenet_weights(e.arch, e.stem, e.width)
     control_rows(table, r.inits)
     costs = []
     for init in r.inits:
@@ -290,7 +291,7 @@ def pretrained(table: Table, folder: Path):
     weights = read_weights(folder)
     e = table.config.encoder
     encoder = Encoder(e.arch, e.stem, e.width)
-    load_weights(encoder, weights.state_dict, str(folder))
+    weights.load_into(encoder, e, str(folder))
     return encoder, weights.meta["mean"], weights.meta["std"]
 
 

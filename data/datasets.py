@@ -1,5 +1,6 @@
 """The data sets by name, and which of their images are used for what."""
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class DataConfig:
 
 @dataclass
 class Dataset:
-    """What a data set offers; labels are int64, 0-based; any part but the first may be absent."""
+    """What a data set offers; labels are int64, 0-based; any set of images may be absent."""
 
     train: Images | None  # labelled
     train_labels: np.ndarray | None
@@ -133,8 +134,6 @@ def load(data: DataConfig) -> Dataset:
 
 
 def _module(name: str):
-    import importlib
-
     return importlib.import_module(f"data.{name}")
 
 

@@ -27,17 +27,12 @@ def extract(
     was_training, device = encoder.training, processes.device
     encoder.eval()
     mean_, std_ = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
-    features = None
+    features = torch.zeros(len(images), encoder.feature_size, device=device)
     for block in range(processes.rank, -(-len(images) // batch_size), processes.world_size):
         rows = np.arange(block * batch_size, min((block + 1) * batch_size, len(images)))
         x = frame(images.gather(rows).to(device), *sizes)
         x = ((x - mean_) / std_).contiguous(memory_format=torch.channels_last)
-        y = encoder(x).float()
-        if features is None:
-            features = torch.zeros(len(images), y.shape[1], device=device)
-        features[rows[0] : rows[-1] + 1] = y
-    if features is None:  # more ranks than blocks
-        features = torch.zeros(len(images), encoder.feature_size, device=device)
+        features[rows[0] : rows[-1] + 1] = encoder(x).float()
     encoder.train(was_training)
     return sum_over_ranks(features).cpu()
 

@@ -139,7 +139,7 @@ def check(value, field: dataclasses.Field, kind, label: str):
     meta, origin = field.metadata, typing.get_origin(kind)
     if origin is list:
         (inner, *_), default = typing.get_args(kind), field.default_factory()
-        if not isinstance(value, list | tuple) or (len(default) and len(value) == 0):
+        if not isinstance(value, list | tuple) or not value:
             raise UserError(f"{label} = {value!r}: expected a list such as {default}")
         return [_scalar(v, inner, meta, label) for v in value]
     return _scalar(value, kind, meta, label)
@@ -188,9 +188,14 @@ def _layer(values: dict, sections: dict, tables: dict, own: str | None, source: 
                 home = "optim"
             if key not in values[home]:
                 raise UserError(f"{source}: [{table}] has no key {key}" + _near(key, values[home]))
-            field = {f.name: f for f in dataclasses.fields(sections[home])}[key]
-            kind = typing.get_type_hints(sections[home])[key]
-            values[home][key] = check(value, field, kind, f"{source}: [{table}] {key}")
+            _put(values, sections, home, key, value, f"{source}: [{table}] {key}")
+
+
+def _put(values: dict, sections: dict, section: str, name: str, value, label: str) -> None:
+    """Set one value after `check`."""
+    field = {f.name: f for f in dataclasses.fields(sections[section])}[name]
+    kind = typing.get_type_hints(sections[section])[name]
+    values[section][name] = check(value, field, kind, label)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -274,9 +279,7 @@ def read_config(
         _layer(values, sections, tables, own, source)
     for key, value in flags.items():
         section, name = key.split(".")
-        field = {f.name: f for f in dataclasses.fields(sections[section])}[name]
-        kind = typing.get_type_hints(sections[section])[name]
-        values[section][name] = check(value, field, kind, _flag(section, name))
+        _put(values, sections, section, name, value, _flag(section, name))
     config = SimpleNamespace(**{s: cls(**values[s]) for s, cls in sections.items()}, **given)
     config.sections, config.flags, config.tables = tuple(sections), flags, tables
     if own in sections:

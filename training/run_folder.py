@@ -1,6 +1,7 @@
 """The run folder: config.json, metrics.jsonl, TensorBoard, the lock, and one progress bar."""
 
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from training.checkpoints import write_atomically
 from training.config import UserError
 from training.distributed import Processes, sum_over_ranks
 
@@ -166,11 +168,10 @@ def read_metrics(path: Path) -> list[dict]:
 
 def write_json(path: Path, value) -> None:
     """Indented JSON, whole or not at all."""
-    from training.checkpoints import write_atomically
-
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+@functools.cache  # it goes into each checkpoint
 def git_commit() -> str:
     """The commit of this code, "unknown" outside a checkout."""
     here = Path(__file__).parent

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from training.checkpoints import load_file, save_file
-from training.config import UserError
+from training.config import UserError, read_config
 
 PREFIXES = ("module.", "_orig_mod.", "method.")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -29,6 +29,17 @@ class Weights:
         data = {k: v for k, v in self.config.get("data", {}).items() if k not in draws}
         shape = {k: self.meta[k] for k in ("arch", "stem", "width", "init") if k in self.meta}
         return {"data": data, "encoder": shape}, self.config.get("recipe", {})
+
+    def load_into(self, encoder: nn.Module, config, source: str) -> None:
+        """Copy them into an encoder made by `config`; UserError where they belong to another.
+
+        config   EncoderConfig; the stems have equal shapes, so it is compared with `meta`
+        """
+        for key in ("arch", "stem", "width"):
+            made = self.meta.get(key, getattr(config, key))
+            if made != getattr(config, key):
+                raise UserError(f"{source}: made with --{key} {made}, not {getattr(config, key)}")
+        load_weights(encoder, self.state_dict, source)
 
     def normalisation(self, images) -> tuple[list, list]:
         """Mean and std of the inputs it was trained on; those of `images` where none are known."""
@@ -84,6 +95,21 @@ def read_weights(path: str | Path, flag: str = "--ckpt") -> Weights:
     return Weights(state, meta, saved, folder)
 
 
+def read_ckpt_config(argv: list[str], sections: dict[str, type], *, extra=(), **keywords):
+    """`read_config` with a flag --ckpt, whose run gives the defaults; `.weights` holds it."""
+    found = []
+
+    def inherit(given) -> tuple[dict, dict]:
+        found.append(read_weights(given.ckpt))
+        return found[0].tables()
+
+    text = "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
+    ckpt = (("--ckpt",), dict(required=True, metavar="RUN", help=text))
+    config = read_config(argv, sections, inherit=inherit, extra=(ckpt, *extra), **keywords)
+    (config.weights,) = found
+    return config
+
+
 def strip(state: dict) -> dict:
     """Names without the prefixes that DDP, torch.compile and the online probe put before them."""
 
@@ -93,14 +119,6 @@ def strip(state: dict) -> dict:
         return name
 
     return {bare(k): v for k, v in state.items()}
-
-
-def check_shape(weights: Weights, config, source: str) -> None:
-    """UserError where the encoder's settings are not those the weights were made with."""
-    for key in ("arch", "stem", "width"):
-        made = weights.meta.get(key, getattr(config, key))
-        if made != getattr(config, key):
-            raise UserError(f"{source}: made with --{key} {made}, not {getattr(config, key)}")
 
 
 def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -156,6 +174,5 @@ def initialise(encoder: nn.Module, config, mean: list, std: list) -> tuple[list,
         load_weights(encoder, state, "--init imagenet")
         return IMAGENET_MEAN, IMAGENET_STD
     weights = read_weights(config.init, "--init")
-    check_shape(weights, config, f"--init {config.init}")
-    load_weights(encoder, weights.state_dict, f"--init {config.init}")
+    weights.load_into(encoder, config, f"--init {config.init}")
     return weights.meta.get("mean", mean), weights.meta.get("std", std)
