@@ -1,17 +1,25 @@
 """Train encoder and classifier together on the labelled images, from a pretrained encoder.
 
 python finetune.py --ckpt runs/byol-sample --labels 100
+python finetune.py --ckpt runs/byol-stl10 --sweep               # rate and epochs as in the paper
 """
 
 from baseline.baseline import Finetune
 from byol.networks import Encoder
 from data import datasets
-from train_baseline import DEFAULTS, HIDE, train
+from train_baseline import EXTRA, HIDE, Job, train_all
 from training.command import execute
 from training.config import EncoderConfig, OptimConfig, RunConfig
 from training.distributed import Processes
 from training.run_folder import say
 from training.weights import read_ckpt_config
+
+# As in recipes/stl10.toml: BYOL's fine-tuning (App. C.2), without its sweep.
+DEFAULTS = {
+    "optim": dict(
+        optimizer="sgd", nesterov=True, lr=0.05, weight_decay=0.0, batch_size=100, steps=2500
+    )
+}
 
 
 def configure(argv: list[str]):
@@ -29,22 +37,27 @@ def configure(argv: list[str]):
         own="finetune",
         defaults=DEFAULTS,
         description=__doc__,
+        extra=EXTRA,
         hide=(*HIDE, "init"),
     )
-    config.run.out = config.run.out or config.weights.beside("finetune", config.data)
+    config.run.out = config.run.out or config.weights.beside(
+        "finetune", config.data, config.folds, config.sweep
+    )
     return config
 
 
 def run(config, processes: Processes) -> dict:
     """Fine-tune the encoder of --ckpt; returns what result.json holds."""
-    data = datasets.load(config.data)
-    split = data.evaluation(config.data)
-    e = config.encoder
-    encoder = Encoder(e.arch, e.stem, e.width)
-    config.weights.load_into(encoder, e, f"--ckpt {config.ckpt}")
-    mean, std = config.weights.normalisation(split.train)
     say(processes, f"fine-tuning the encoder of {config.ckpt}")
-    return train(config, processes, Finetune, encoder, split, data.class_names, mean, std)
+
+    def start(images):
+        e = config.encoder
+        encoder = Encoder(e.arch, e.stem, e.width)
+        config.weights.load_into(encoder, e, f"--ckpt {config.ckpt}")
+        return encoder, *config.weights.normalisation(images)
+
+    more = {"pretrain_seed": config.weights.meta.get("seed")}
+    return train_all(config, processes, Job(Finetune, start, more))
 
 
 def main(argv: list[str] | None = None) -> dict:

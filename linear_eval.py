@@ -1,6 +1,8 @@
-"""Train a linear or MLP classifier on the frozen features of a pretrained encoder.
+"""Measure the frozen features of a pretrained encoder with a classifier on top.
 
 python linear_eval.py --ckpt runs/byol-stl10
+python linear_eval.py --ckpt runs/byol-stl10 --protocol augmented     # as the paper does it
+python linear_eval.py --ckpt runs/byol-stl10 --folds                  # STL-10's official protocol
 python linear_eval.py --ckpt runs/byol-sample --head mlp --labels 100
 """
 
@@ -12,22 +14,27 @@ import torch
 
 from byol.networks import Encoder
 from data import datasets
+from eval.augmented import AugmentedConfig, fit_augmented
 from eval.classifiers import LinearConfig, MLPConfig, fit
-from eval.features import extract
+from eval.features import Features, FrozenEncoder
+from eval.knn import euclidean_knn_top1, knn_top1
+from eval.protocols import over_folds, record
 from training.checkpoints import save_file
 from training.command import execute
-from training.config import EncoderConfig, RunConfig, as_dict
+from training.config import EncoderConfig, RunConfig, UserError, as_dict
 from training.distributed import Processes
 from training.run_folder import RunFolder, say, write_json
 from training.weights import read_ckpt_config
 
-HEAD = (
-    ("--head",),
-    dict(
-        choices=("linear", "mlp"),
-        default="linear",
-        help="logistic regression, or one hidden layer [linear]",
-    ),
+HEAD = dict(
+    choices=("linear", "mlp", "knn"),
+    default="linear",
+    help="logistic regression, one hidden layer, or nearest neighbours [linear]",
+)
+PROTOCOL = dict(
+    choices=("features", "augmented"),
+    default="features",
+    help="features computed once, or a linear layer trained on random crops [features]",
 )
 HIDE = tuple(
     "pretrain_on init zero_init resume precision batch_norm compile "
@@ -43,9 +50,14 @@ def configure(argv: list[str]):
         "run": RunConfig,
         "linear": LinearConfig,
         "mlp": MLPConfig,
+        "augmented": AugmentedConfig,
     }
-    config = read_ckpt_config(argv, sections, description=__doc__, extra=(HEAD,), hide=HIDE)
-    config.run.out = config.run.out or config.weights.beside(config.head, config.data)
+    extra = ((("--head",), HEAD), (("--protocol",), PROTOCOL), datasets.FOLDS)
+    config = read_ckpt_config(argv, sections, description=__doc__, extra=extra, hide=HIDE)
+    if config.protocol == "augmented" and config.head != "linear":
+        raise UserError(f"--protocol augmented is for --head linear, not {config.head}")
+    name = config.head if config.protocol == "features" else config.protocol
+    config.run.out = config.run.out or config.weights.beside(name, config.data, config.folds)
     return config
 
 
@@ -55,69 +67,71 @@ def run(config, processes: Processes) -> dict:
 
     # data
     data = datasets.load(config.data)
-    split = data.evaluation(config.data)
+    splits = [data.evaluation(d) for d in datasets.each_fold(config.data, config.folds)]
 
     # model
     e = config.encoder
     encoder = Encoder(e.arch, e.stem, e.width)
     config.weights.load_into(encoder, e, f"--ckpt {config.ckpt}")
     encoder.to(processes.device, memory_format=torch.channels_last)
-    mean, std = config.weights.normalisation(split.train)
+    mean, std = config.weights.normalisation(splits[0].train.images)
+    sizes = datasets.evaluation_sizes(config.data, splits[0].train.images.shape)
+    frozen = FrozenEncoder(encoder, mean, std, sizes, processes)
+    name = f"{config.protocol}-{config.head}"
     say(
         processes,
-        f"{config.head} head on frozen {e.arch} (stem {e.stem}, width {e.width:g}) of "
-        f"{config.ckpt}\n{config.data.dataset}: {len(split.train):,} labelled images, "
-        f"{len(split.test):,} {config.data.evaluate_on} images",
+        f"{name} on frozen {e.arch} (stem {e.stem}, width {e.width:g}) of "
+        f"{config.ckpt}\n{config.data.dataset}: {len(splits[0].train):,} labelled images, "
+        f"{len(splits[0].test):,} {config.data.evaluate_on} images",
     )
 
     # features and classifier
-    sizes = datasets.evaluation_sizes(config.data, split.train.shape)
-    train = extract(encoder, split.train, mean, std, sizes, processes)
-    test = extract(encoder, split.test, mean, std, sizes, processes)
-    truth = torch.from_numpy(split.test_labels)
-    classifier = fit(
-        config.head,
-        train,
-        torch.from_numpy(split.train_labels),
-        len(data.class_names),
-        config.linear,
-        config.mlp,
-        config.run.seed,
-    )
-    result = {
-        "name": f"{config.weights.meta.get('method', 'encoder')}-{config.head}",
-        "dataset": config.data.dataset,
-        "protocol": f"features, {classifier.how}",
-        "top1": round(classifier.top1(test, truth), 4),
-        "labels": len(split.train),
-        "draw": config.data.draw,
-        "fold": config.data.fold,
-        "measured_on": config.data.evaluate_on,
-        "images": len(split.test),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+    features = Features(frozen, data if config.folds else None)
+    results = []
+    for split in splits:
+        figures, classifier = evaluate(config, frozen, features, split)
+        own = f"{config.weights.meta.get('method', 'encoder')}-{config.head}"
+        results.append(record(name, own, config, split, **figures))
+    result = over_folds(results) if config.folds else results[0]
+    result["pretrain_seed"] = config.weights.meta.get("seed")
+    result["seconds"] = round(time.perf_counter() - started, 1)
     with RunFolder(out, as_dict(config), processes, overwrite=config.run.overwrite):
         if processes.main:
-            save_file(
-                out / "classifier.pt",
-                {
-                    "encoder": config.weights.state_dict,
-                    "head": classifier.head.state_dict(),
-                    "feature_mean": classifier.mean,
-                    "feature_std": classifier.std,
-                    "meta": config.weights.meta,
-                    "classes": data.class_names,
-                },
-            )
+            if classifier:
+                content = {"encoder": config.weights.state_dict, "meta": config.weights.meta}
+                content |= {"head": classifier.head.state_dict(), "classes": data.class_names}
+                content |= {"feature_mean": classifier.mean, "feature_std": classifier.std}
+                save_file(out / "classifier.pt", content)
             write_json(out / "result.json", result)
+    spread = f" ± {result['top1_std']:.2f} over {len(splits)} folds" if config.folds else ""
+    chosen = f", {result['chosen']}" if result.get("chosen") else ""
     say(
         processes,
-        f"{out}: top-1 {result['top1']:.2f} % on {result['images']:,} "
+        f"{out}: top-1 {result['top1']:.2f} %{spread} on {result['test_images']:,} "
         f"{result['measured_on']} images with {result['labels']:,} labels "
-        f"({result['protocol']}), {result['seconds']:.0f} s\n"
+        f"({name}{chosen}), {result['seconds']:.0f} s\n"
         f"next: python finetune.py --ckpt {shlex.quote(config.ckpt)}",
     )
     return result
+
+
+def evaluate(config, frozen: FrozenEncoder, features: Features, split):
+    """(figures, classifier) of one split; nearest neighbours have no classifier."""
+    classes = len(split.train.class_names)
+    test, truth = features(split.test), torch.from_numpy(split.test.labels)
+    if config.head == "knn":
+        known = features(split.train), torch.from_numpy(split.train.labels), test, truth
+        figures = {f"cosine_{k}nn": round(knn_top1(*known, k=k), 4) for k in (5, 20, 200)}
+        figures["euclidean_5nn"] = round(euclidean_knn_top1(*known), 4)
+        return {"top1": figures["cosine_20nn"], **figures}, None
+    if config.protocol == "augmented":
+        crop, seed = config.data.crop_size, config.run.seed
+        classifier = fit_augmented(frozen, split.train, config.augmented, crop, seed)
+    else:
+        x, y = features(split.train), split.train.labels
+        classifier = fit(config.head, x, y, classes, config.linear, config.mlp, config.run.seed)
+    figures = {"top1": classifier.top1(test, truth), "chosen": classifier.chosen}
+    return figures | ({"trials": classifier.trials} if classifier.trials else {}), classifier
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -24,7 +24,7 @@ import train_byol
 from byol.networks import Encoder
 from data import datasets
 from eval.classifiers import LinearConfig, MLPConfig, fit
-from eval.features import extract, pixels
+from eval.features import Features, FrozenEncoder, pixels
 from eval.knn import knn_top1
 from eval.table import Cells, markdown, picture
 from training import distributed
@@ -158,32 +158,26 @@ def same_settings(path: Path, config) -> None:
     write_json(path, settings)
 
 
-def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, features) -> None:
+def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, extract) -> None:
     """Rows on frozen features: {row name: linear | mlp | knn}, over all budgets and draws.
 
-    features   function that computes them for a set of images; called only when a cell is missing
+    extract   function that computes them for a set of images; called only when a cell is missing
     """
     todo = [
         (key, how)
         for name, how in rows.items()
         for key in table.missing(name, init, seed, table.draws)
     ]
-    if not todo:
-        return
-    train, test = features(table.data.train), features(table.data.test)
-    c, classes = table.config, len(table.data.class_names)
+    c, classes, features = table.config, len(table.data.class_names), Features(extract, table.data)
     for key, how in todo:
-        begun, split = time.perf_counter(), table.split(key[2], key[3])
-        x, labels = train[split.train_index], torch.from_numpy(split.train_labels)
-        y = test if split.test_index is None else train[split.test_index]
-        truth = torch.from_numpy(split.test_labels)
+        split = table.split(key[2], key[3])
+        x, y = features(split.train), features(split.test)
+        begun, truth = time.perf_counter(), torch.from_numpy(split.test.labels)
         if how == "knn":
-            top1, protocol = knn_top1(x, labels, y, truth), "cosine 20-NN on frozen features"
+            top1 = knn_top1(x, torch.from_numpy(split.train.labels), y, truth)
         else:
-            classifier = fit(how, x, labels, classes, c.linear, c.mlp, seed)
-            top1 = classifier.top1(y, truth)
-            strength = c.linear.strength or "cross-validated in the labels"
-            protocol = f"logistic regression, L2 {strength}" if how == "linear" else classifier.how
+            top1 = fit(how, x, split.train.labels, classes, c.linear, c.mlp, seed).top1(y, truth)
+        protocol = "pixels" if extract is pixels else f"features-{how}"
         table.add(key, top1, time.perf_counter() - begun, protocol, len(truth))
 
 
@@ -207,9 +201,8 @@ class FrozenFeatures:
     def __call__(self, images) -> torch.Tensor:
         if self.built is None:
             self.built = self.build()
-        encoder, mean, std = self.built
-        encoder.to(self.table.processes.device, memory_format=torch.channels_last)
-        return extract(encoder, images, mean, std, self.table.sizes, self.table.processes)
+            self.built[0].to(self.table.processes.device, memory_format=torch.channels_last)
+        return FrozenEncoder(*self.built, self.table.sizes, self.table.processes)(images)
 
 
 def starting_point(table: Table, init: str, seed: int):
@@ -242,11 +235,8 @@ def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: l
         result = script.run(config, table.quiet)
         if "stopped" in result:
             raise SystemExit(STOPPED)
-        if result.get("complete"):  # killed between its result and this table's
-            result = read_result(table.out / folder)
-        protocol = f"all weights trained, {result['steps']:,} steps of {config.optim.optimizer}"
         seconds = time.perf_counter() - begun
-        table.add(key, result["top1"], seconds, protocol, result["images"])
+        table.add(key, result["top1"], seconds, result["protocol"], result["test_images"])
 
 
 def read_result(folder: Path) -> dict:

@@ -17,7 +17,7 @@ from byol.networks import Encoder, parameter_count
 from data import datasets
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
-from eval.knn import HeldOut, hold_out_labels
+from eval.held_out import HeldOut, hold_out_labels
 from training.command import execute
 from training.config import EncoderConfig, OptimConfig, RunConfig, UserError, read_config
 from training.distributed import Processes, barrier
@@ -100,14 +100,14 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     )
 
     # loop
-    held_out = HeldOut(data.train, data.train_labels, config.run.knn_every, (mean, std, sizes))
+    held_out = HeldOut(data.train, data.train_labels, config.run.knn_every, loader, sizes)
     figures = {}
     with session.folder as folder, Watch(processes, config.run.check_every) as watch:
         for step in session.steps():
             now = {}
             if held_out.due(step):
                 session.share_buffers()
-                now = figures = held_out.figures(method, processes)
+                now = figures = held_out.figures(method, processes, first=step.index == 0)
                 folder.pause_clock(held_out.seconds)
             folder.log(step, config.run.log_every, **now)
             session.save_if_due(step, watch)
@@ -132,7 +132,9 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
             write_json(out / "result.json", result)
         barrier()  # what the main process wrote is there for all
     words = {"knn_top1": "k-NN", "online_probe_top1": "online probe"}
-    shown = "".join(f"{words[k]} {v:.2f} % on held-out train images, " for k, v in figures.items())
+    shown = "".join(
+        f"{words[k]} {figures[k]:.2f} % on held-out train images, " for k in words if k in figures
+    )
     say(processes, f"{out}/encoder.pt: {shown}{result['seconds']:.0f} s")
     say(processes, f"next: python linear_eval.py --ckpt {shlex.quote(str(out))}")
     return result

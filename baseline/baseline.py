@@ -22,6 +22,10 @@ class Baseline(Method):
         flip_p: float = option(0.5, "probability of a mirror image", low=0, high=1)
         shift: int = option(0, "shift within a zero border of this many pixels", low=0)
         label_smoothing: float = option(0.0, "cross-entropy's label smoothing", low=0, high=0.9)
+        sweep_lr: list[float] = option(
+            [0.005, 0.01, 0.02, 0.05, 0.1], "--sweep: rates (BYOL, App. C.2)", low=0
+        )
+        sweep_epochs: list[int] = option([30, 50], "--sweep: epochs", low=1)
 
     def __init__(self, encoder: nn.Module, config: Config, classes: int) -> None:
         super().__init__(encoder, config)

@@ -56,11 +56,13 @@ class BYOL(Method):
         projection = [self.projector(y) for y in representation]
         prediction = [self.predictor(z) for z in projection]
         with torch.no_grad():  # the target learns by moving average only
-            target = [self.target_projector(self.target_encoder(view)) for view in views]
+            target_representation = [self.target_encoder(view) for view in views]
+            target = [self.target_projector(y) for y in target_representation]
         return {
             "representation": torch.stack(representation),
             "projection": torch.stack(projection),
             "prediction": torch.stack(prediction),
+            "target_representation": torch.stack(target_representation),
             "target": torch.stack(target),
         }
 

@@ -1,5 +1,6 @@
 """The data sets by name, and which of their images are used for what."""
 
+import dataclasses
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,10 @@ from data.images import Images
 from training.config import UserError, option
 
 NAMES = ("stl10", "cifar10", "folder", "sample")
+FOLDS = (  # a flag of the evaluations
+    ("--folds",),
+    dict(action="store_true", help="stl10: each of the ten folds, mean and standard deviation"),
+)
 
 
 @dataclass
@@ -78,29 +83,69 @@ class Dataset:
             chosen = self.folds[data.fold]
         else:
             chosen = label_draw(self.train_labels, data.labels, data.draw)
-        train = chosen, self.train.subset(chosen), self.train_labels[chosen]
+        everything = Labelled(
+            self.train, self.train_labels, np.arange(len(self.train)), self.class_names
+        )
+        train = everything.part(chosen)
         if data.evaluate_on == "test":
-            return Split(*train, None, self.test, self.test_labels)
-        rest = np.setdiff1d(np.arange(len(self.train)), chosen)
+            test = Labelled(self.test, self.test_labels, None, self.class_names)
+            return Split(train, test)
+        rest = np.setdiff1d(everything.index, chosen)
         if not len(rest):
             raise UserError("--evaluate-on validation: --labels leaves no labelled image over")
-        return Split(*train, rest, self.train.subset(rest), self.train_labels[rest])
+        return Split(train, everything.part(rest))
+
+
+@dataclass
+class Labelled:
+    """Images with their labels.  What chooses a setting gets one of these and no test images.
+
+    index   which of the labelled train images they are; None: they are test images
+    """
+
+    images: Images
+    labels: np.ndarray
+    index: np.ndarray | None
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, rows: np.ndarray) -> "Labelled":
+        """The rows named."""
+        images, labels = self.images.subset(rows), self.labels[rows]
+        return Labelled(images, labels, self.index[rows], self.class_names)
+
+    def hold_out(self) -> "Split":
+        """Four stratified fifths to learn from and one to choose settings on, inside these."""
+        if self.index is None:
+            raise ValueError("settings are never chosen on test images")
+        if np.unique(self.labels, return_counts=True)[1].min() < 2:
+            raise UserError("nothing to choose settings on: --labels gives one image of a class")
+        held = stratified_folds(self.labels, 5)[0]
+        return Split(self.part(np.setdiff1d(np.arange(len(self)), held)), self.part(held))
 
 
 @dataclass
 class Split:
-    """Images and labels to learn from, and to measure on.
+    """What is learned from, and what is measured on."""
 
-    The indices tell which of the labelled train images they are; test_index is None where the
-    test images are measured on.
-    """
+    train: Labelled
+    test: Labelled
 
-    train_index: np.ndarray
-    train: Images
-    train_labels: np.ndarray
-    test_index: np.ndarray | None
-    test: Images
-    test_labels: np.ndarray
+
+def stratified_folds(labels: np.ndarray, count: int, seed: int = 0) -> list[np.ndarray]:
+    """Folds with the classes in equal shares: which rows are held out in each."""
+    rng, fold = np.random.default_rng(seed), np.empty(len(labels), np.int64)
+    for c in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == c))
+        fold[rows] = np.arange(len(rows)) % count
+    return [np.flatnonzero(fold == f) for f in range(count)]
+
+
+def each_fold(data: DataConfig, folds: bool) -> list[DataConfig]:
+    """The settings for each of STL-10's ten folds, or `data` alone."""
+    return [dataclasses.replace(data, fold=f) for f in range(10)] if folds else [data]
 
 
 def label_draw(labels: np.ndarray, count: int, draw: int) -> np.ndarray:

@@ -84,10 +84,11 @@ class Loader:
             mine = slice(first, first + share)
             pixels = self.images.gather(indices[mine]).to(self.processes.device, non_blocking=True)
             parameters = [{k: v[mine] for k, v in d.items()} for d in drawn]
-            yield self._views(pixels, parameters), self._labels(indices[mine])
+            yield self.make_views(pixels, parameters), self._labels(indices[mine])
 
     @torch.no_grad()
-    def _views(self, pixels: Tensor, parameters: list[dict]) -> tuple[Tensor, ...]:
+    def make_views(self, pixels: Tensor, parameters: list[dict]) -> tuple[Tensor, ...]:
+        """Normalised views of uint8 images by what `draw` drew for each of `views`."""
         return tuple(
             normalise(
                 apply(pixels, view, drawn, view.size or self.crop_size, self.dtype),

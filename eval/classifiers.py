@@ -1,12 +1,13 @@
 """Classifiers on frozen features: regularised logistic regression, and a small MLP."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from data.datasets import stratified_folds
 from training.config import option
 
 STRENGTHS = tuple(10 ** (e / 2) for e in range(2, -11, -1))  # 10 .. 1e-5, strong to weak
@@ -37,13 +38,14 @@ class MLPConfig:
 class Classifier:
     """Standardisation and a head: features (N, D) -> logits (N, classes).
 
-    `how` names what fitted it.
+    chosen   what was chosen in fitting it, in words; `trials` the candidates' figures
     """
 
     mean: Tensor
     std: Tensor
     head: nn.Module
-    how: str = ""
+    chosen: str = ""
+    trials: dict = field(default_factory=dict)
 
     def __call__(self, features: Tensor) -> Tensor:
         with torch.no_grad():
@@ -62,13 +64,14 @@ def accuracy(logits: Tensor, labels) -> float:
 def fit(
     head: str,
     features: Tensor,
-    labels: Tensor,
+    labels: np.ndarray,
     classes: int,
     linear: LinearConfig,
     mlp: MLPConfig,
     seed: int,
 ) -> Classifier:
-    """The head called "linear" or "mlp" on frozen features (N, D) and int64 labels."""
+    """The head called "linear" or "mlp" on frozen features (N, D) and their labels."""
+    labels = torch.from_numpy(labels)
     if head == "linear":
         return fit_linear(features, labels, classes, linear.strength)
     return fit_mlp(features, labels, classes, mlp, seed)
@@ -115,15 +118,6 @@ def logistic_regression(
     return theta.detach()[:-1], theta.detach()[-1]
 
 
-def folds(labels: np.ndarray, count: int, seed: int = 0) -> list[np.ndarray]:
-    """Stratified folds: which rows are held out in each."""
-    rng, fold = np.random.default_rng(seed), np.empty(len(labels), np.int64)
-    for c in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == c))
-        fold[rows] = np.arange(len(rows)) % count
-    return [np.flatnonzero(fold == f) for f in range(count)]
-
-
 def choose_strength(features: Tensor, labels: Tensor, strengths=STRENGTHS) -> float:
     """The strength of the best cross-validated loss, inside the given labels alone.
 
@@ -135,7 +129,7 @@ def choose_strength(features: Tensor, labels: Tensor, strengths=STRENGTHS) -> fl
     count = min(5, int(labels.bincount()[labels.unique()].min()))
     if count < 2:
         return 0.1  # one image of a class: nothing to validate on
-    for rows in folds(labels.numpy(), count)[: count if len(labels) <= 2000 else 1]:
+    for rows in stratified_folds(labels.numpy(), count)[: count if len(labels) <= 2000 else 1]:
         kept = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), rows))
         mean, std, basis = row_span(features[kept].double())
         x, held_x = ((features[r] - mean) / std @ basis for r in (kept, rows))
@@ -168,14 +162,16 @@ def row_span(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, strength: float = 0) -> Classifier:
     """Logistic regression on standardised features; strength 0 chooses it by `choose_strength`."""
-    strength = strength or choose_strength(features, labels)
+    edge = ""
+    if not strength:
+        strength = choose_strength(features, labels)
+        edge = " (the edge of the grid)" * (strength in (STRENGTHS[0], STRENGTHS[-1]))
     mean, std, basis = row_span(features.double())
     x = (features - mean) / std @ basis
     weight, bias = logistic_regression(x, labels, classes, strength)
     head = nn.Linear(features.shape[1], classes)
     head.weight.data, head.bias.data = (basis @ weight).T.float().contiguous(), bias.float()
-    how = f"logistic regression, L2 {strength:.3g}"
-    return Classifier(mean.float(), std.float(), head, how)
+    return Classifier(mean.float(), std.float(), head, f"L2 {strength:.3g}" + edge)
 
 
 def fit_mlp(
@@ -206,4 +202,4 @@ def fit_mlp(
             cross_entropy(head(x[rows]), labels[rows]).backward()
             optimizer.step()
             schedule.step()
-    return Classifier(mean, std, head.eval(), "MLP by AdamW")
+    return Classifier(mean, std, head.eval())

@@ -1,9 +1,12 @@
 """Frozen features: the encoder in eval mode on the evaluation geometry, in float32."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.datasets import Labelled
 from data.images import Images
 from data.views import frame
 from training.distributed import SINGLE, Processes, sum_over_ranks
@@ -35,6 +38,41 @@ def extract(
         features[rows[0] : rows[-1] + 1] = encoder(x).float()
     encoder.train(was_training)
     return sum_over_ranks(features).cpu()
+
+
+@dataclass
+class FrozenEncoder:
+    """An encoder and how its inputs are prepared: called on images, it gives their features."""
+
+    encoder: nn.Module
+    mean: list[float]
+    std: list[float]
+    sizes: tuple[int, int] = (0, 0)
+    processes: Processes = SINGLE
+
+    def __call__(self, images: Images) -> Tensor:
+        """(N, feature_size), see `extract`."""
+        return extract(self.encoder, images, self.mean, self.std, self.sizes, self.processes)
+
+
+class Features:
+    """Features of labelled images, each image's computed once.
+
+    extract   function of Images, such as a FrozenEncoder
+    dataset   where several splits of its images follow; else the one split's are computed
+    """
+
+    def __init__(self, extract, dataset=None) -> None:
+        self.extract, self.dataset, self.known = extract, dataset, {}
+
+    def __call__(self, labelled: Labelled) -> Tensor:
+        """(N, feature_size)"""
+        if self.dataset is None:
+            return self.extract(labelled.images)
+        is_test = labelled.index is None
+        if is_test not in self.known:
+            self.known[is_test] = self.extract(labelled.images if is_test else self.dataset.train)
+        return self.known[is_test] if is_test else self.known[is_test][labelled.index]
 
 
 def pixels(images: Images, side: int = 32) -> Tensor:

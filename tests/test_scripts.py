@@ -1,5 +1,6 @@
 """The scripts as a user types them, on a tiny network."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, metrics, state_of
@@ -16,6 +18,8 @@ import linear_eval
 import reproduce
 import train_baseline
 import train_byol
+from data import datasets
+from eval.protocols import PROTOCOLS
 
 ROOT = Path(train_byol.__file__).parent
 TORCHRUN = ["-m", "torch.distributed.run"]  # what `torchrun` runs
@@ -105,7 +109,7 @@ def test_pretrain_then_evaluate_as_the_readme_says(tmp_path, recipe):
 
     text = python(ROOT / "linear_eval.py", "--ckpt", "runs/byol-sample", cwd=tmp_path)
     result = json.loads((run / "linear" / "result.json").read_text())
-    assert (result["name"], result["images"], result["labels"]) == ("byol-linear", 4000, 1000)
+    assert (result["name"], result["test_images"], result["labels"]) == ("byol-linear", 4000, 1000)
     assert 15 < result["top1"] < 90
     assert "next: python finetune.py --ckpt runs/byol-sample" in text
 
@@ -117,7 +121,7 @@ def test_pretrain_then_evaluate_as_the_readme_says(tmp_path, recipe):
     tuned = json.loads((run / "finetune-labels40-draw1" / "result.json").read_text())
     base = json.loads((tmp_path / "runs" / "baseline-sample" / "result.json").read_text())
     for result in (tuned, base):
-        assert (result["labels"], result["images"], result["steps"]) == (40, 4000, 5)
+        assert (result["labels"], result["test_images"], result["steps"]) == (40, 4000, 5)
         assert (result["measured_on"], result["draw"]) == ("test", 1)
 
 
@@ -153,10 +157,100 @@ def test_heads_on_frozen_features(run):
         assert saved["classes"][0] == "t-shirt" and saved["feature_mean"].shape == (64,)
 
 
+def test_every_result_says_what_it_rests_on(run, recipe):
+    """The protocol's name, the sizes of the splits, labels, seeds: in each kind of result."""
+    flags = ["--ckpt", str(run), *CPU, "--labels", "20", "--draw", "3", "--seed", "5"]
+    results = {
+        "features-linear": linear_eval.main(flags),
+        "features-mlp": linear_eval.main([*flags, "--head", "mlp"]),
+        "features-knn": linear_eval.main([*flags, "--head", "knn"]),
+        "augmented-linear": linear_eval.main(
+            [*flags, "--protocol", "augmented", "--augmented.epochs", "2"]
+        ),
+        "network": finetune.main(flags),
+        "network-sweep": finetune.main([*flags, "--sweep", "--finetune.sweep-lr", "0.1",
+                                        "--finetune.sweep-epochs", "1", "2"]),
+    }  # fmt: skip
+    for protocol, result in results.items():
+        assert protocol in PROTOCOLS and result["protocol"] == protocol
+        said = [result[k] for k in ("dataset", "labels", "draw", "seed", "fold")]
+        assert said == ["sample", 20, 3, 5, -1]
+        assert (result["measured_on"], result["test_images"]) == ("test", 100)
+        assert result["pretrain_seed"] == 0 and 0 <= result["top1"] <= 100
+    assert {p.parent.name for p in run.rglob("*/result.json")} >= {
+        f"{name}-labels20-draw3"
+        for name in ("linear", "mlp", "knn", "augmented", "finetune", "finetune-sweep")
+    }
+
+
+def test_nearest_neighbours_come_in_all_four_kinds(run):
+    result = linear_eval.main(["--ckpt", str(run), *CPU, "--head", "knn"])
+    kinds = ("cosine_5nn", "cosine_20nn", "cosine_200nn", "euclidean_5nn")
+    assert all(0 <= result[k] <= 100 for k in kinds) and result["top1"] == result["cosine_20nn"]
+    assert len({result[k] for k in kinds}) > 1
+    assert not (run / "knn" / "classifier.pt").exists()
+
+
+def test_a_sweep_chooses_inside_the_labels_and_then_uses_all_of_them(run, monkeypatch):
+    seen = []
+    original = train_baseline.train
+
+    def watched(config, processes, job, split, trials=()):
+        seen.append((config.optim.lr, config.optim.epochs, split))
+        return original(config, processes, job, split, trials)
+
+    monkeypatch.setattr(train_baseline, "train", watched)
+    flags = ["--ckpt", str(run), *CPU, "--labels", "50", "--sweep"]
+    grid = ["--finetune.sweep-lr", "0", "0.2", "--finetune.sweep-epochs", "1", "8"]
+    result = finetune.main([*flags, *grid])
+    *trials, (lr, epochs, final) = seen
+    assert [t[:2] for t in trials] == [(0, 1), (0, 8), (0.2, 1), (0.2, 8)]
+    for _, _, part in trials:
+        assert part.test.index is not None  # train images
+        assert set(part.train.index) | set(part.test.index) == set(final.train.index)
+        assert (len(part.train), len(part.test)) == (40, 10)
+    assert (len(final.train), final.test.index) == (50, None)
+    held = [t["held_out_top1"] for t in result["trials"]]
+    best = result["trials"][held.index(max(held))]
+    assert (lr, epochs) == (best["lr"], best["epochs"]) == (result["lr"], epochs)
+    folders = sorted(p.name for p in (run / "finetune-sweep-labels50-draw0" / "sweep").iterdir())
+    assert folders == ["lr0-epochs1", "lr0-epochs8", "lr0.2-epochs1", "lr0.2-epochs8"]
+    trial = json.loads(next((run / "finetune-sweep-labels50-draw0").rglob("lr0.2*/result.json"))
+                       .read_text())  # fmt: skip
+    assert (trial["measured_on"], trial["test_images"]) == ("validation", 10)
+
+
+@pytest.fixture
+def folds(sample, monkeypatch) -> list:
+    """Ten folds of 20, as STL-10 has ten of 1,000."""
+    starts = [np.arange(f, 100, 10) for f in range(10)]
+    folds = [np.sort(np.concatenate([rows, (rows + 1) % 100])) for rows in starts]
+    full = dataclasses.replace(sample, folds=folds)
+    monkeypatch.setattr(datasets, "load", lambda config: full)
+    return folds
+
+
+@pytest.mark.parametrize("script", [linear_eval, finetune, train_baseline])
+def test_folds_are_ten_results_and_their_mean(run, folds, recipe, tmp_path, script):
+    flags = [*CPU, "--recipe", recipe]
+    flags += [] if script is train_baseline else ["--ckpt", str(run)]
+    one = script.main([*flags, "--fold", "7", "--out", str(tmp_path / "one")])
+    result = script.main([*flags, "--folds", "--out", str(tmp_path / "out")])
+    assert len(result["folds"]) == 10 and result["folds"][7] == one["top1"]
+    assert result["top1"] == pytest.approx(np.mean(result["folds"]), abs=1e-3)
+    assert result["top1_std"] == pytest.approx(np.std(result["folds"], ddof=1), abs=1e-3)
+    assert (result["fold"], result["labels"], result["test_images"]) == ("all", 20, 100)
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+
+
 def test_results_are_measured_on_what_they_say(run, recipe):
     flags = ["--ckpt", str(run), *CPU, "--recipe", recipe, "--labels", "30"]
     result = finetune.main([*flags, "--evaluate-on", "validation"])
-    assert (result["measured_on"], result["images"], result["labels"]) == ("validation", 70, 30)
+    assert (result["measured_on"], result["test_images"], result["labels"]) == (
+        "validation",
+        70,
+        30,
+    )
     assert (run / "finetune-labels30-draw0-validation" / "encoder.pt").exists()
 
 
@@ -272,6 +366,8 @@ WRONG = {
     "missing run": (linear_eval.main, "--ckpt nowhere", "nowhere"),
     "a folder that is no run": (finetune.main, "--ckpt .", "encoder.pt"),
     "unknown head": (linear_eval.main, "--ckpt . --head tree", "--head"),
+    "folds of another data set": (LABELLED, "--folds", "--fold 0"),
+    "a sweep of one image a class": (LABELLED, "--sweep --labels 10", "one image of a class"),
 }
 
 

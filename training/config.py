@@ -25,6 +25,7 @@ KNOWN_TABLES = (
     "baseline",
     "linear",
     "mlp",
+    "augmented",
     "finetune",
     "reproduce",
 )
@@ -72,6 +73,7 @@ class OptimConfig:
     weight_decay: float = option(1e-6, "weight decay; never on 1-D parameters", low=0)
     momentum: float = option(0.9, "momentum of lars and sgd", low=0, high=0.9999)
     batch_size: int = option(256, "GLOBAL batch, images over all processes", low=1)
+    nesterov: bool = option(False, "momentum of sgd in Nesterov's form")
     accumulate: int = option(1, "micro-batches that a global batch is cut into", low=1)
     epochs: int = option(100, "epochs over the training images", low=1)
     steps: int = option(0, "optimizer steps instead of epochs (0: use --epochs)", low=0)

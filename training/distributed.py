@@ -145,6 +145,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def gather_batch(values: Tensor, processes: Processes) -> Tensor:
+    """The ranks' equal shares (B, ...) one after the other, on every rank; without gradient."""
+    everything = values.new_zeros(processes.world_size, *values.shape)
+    everything[processes.rank] = values
+    return sum_over_ranks(everything).flatten(0, 1)
+
+
 def broadcast_buffers(method: nn.Module) -> None:
     """Give every process rank 0's buffers: with local batch norm they differ."""
     if dist.is_initialized():

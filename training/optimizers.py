@@ -41,11 +41,11 @@ class LARS(Optimizer):
         return [torch.where((a > 0) & (b > 0), eta * a / b, 1.0) for a, b in zip(w, g, strict=True)]
 
 
-def build_optimizer(name: str, groups: list[dict], momentum: float) -> Optimizer:
+def build_optimizer(name: str, groups: list[dict], momentum: float, nesterov=False) -> Optimizer:
     """lars, sgd or adamw over a method's parameter groups; the loop sets the rate of each step."""
     if name == "lars":
         return LARS(groups, momentum=momentum)
     groups = [{k: v for k, v in group.items() if k != "adapt"} for group in groups]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
+        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
     return torch.optim.AdamW(groups, lr=0.0)

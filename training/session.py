@@ -37,7 +37,7 @@ class Session:
             method.compile()
         self.model = distributed.wrap(method, processes, run.batch_norm)
         self.optimizer = build_optimizer(
-            o.optimizer, method.parameter_groups(o.weight_decay), o.momentum
+            o.optimizer, method.parameter_groups(o.weight_decay), o.momentum, o.nesterov
         )
         self.precision = Precision(
             pick_precision(run.precision, processes.device), processes.device

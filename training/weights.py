@@ -47,9 +47,10 @@ class Weights:
             return self.meta["mean"], self.meta["std"]
         return images.statistics()
 
-    def beside(self, name: str, data) -> str:
+    def beside(self, name: str, data, folds: bool = False, sweep: bool = False) -> str:
         """Default run folder of an evaluation: beside the weights, named after its labels."""
-        parts = [name] + [f"labels{data.labels}-draw{data.draw}"] * bool(data.labels)
+        parts = [name] + ["sweep"] * sweep + ["folds"] * folds
+        parts += [f"labels{data.labels}-draw{data.draw}"] * bool(data.labels)
         parts += [f"fold{data.fold}"] * (data.fold >= 0)
         parts += ["validation"] * (data.evaluate_on == "validation")
         return str(self.folder / "-".join(parts))

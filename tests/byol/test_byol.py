@@ -166,7 +166,8 @@ def test_outputs_are_named_and_stacked_over_views():
     shapes = {k: tuple(v.shape) for k, v in method(*views()).items()}
     wide = method.encoder.feature_size
     assert shapes == {"representation": (2, 6, wide), "projection": (2, 6, 16),
-                      "prediction": (2, 6, 16), "target": (2, 6, 16)}  # fmt: skip
+                      "prediction": (2, 6, 16), "target": (2, 6, 16),
+                      "target_representation": (2, 6, wide)}  # fmt: skip
 
 
 def test_tau_goes_from_its_base_to_just_under_1():

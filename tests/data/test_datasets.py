@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from data.datasets import DataConfig, Dataset, evaluation_sizes, label_draw, load, prepare
+from data.datasets import (
+    DataConfig,
+    Dataset,
+    each_fold,
+    evaluation_sizes,
+    label_draw,
+    load,
+    prepare,
+    stratified_folds,
+)
 from data.images import Images
 from training.config import UserError
 
@@ -89,19 +98,19 @@ def test_pretraining_on_unlabelled_images_that_are_missing_is_refused():
 def test_evaluation_uses_the_draw_and_the_whole_test_set():
     split = dataset().evaluation(DataConfig(labels=10, draw=2))
     chosen = label_draw(np.repeat(np.arange(5), 8), 10, 2)
-    assert np.array_equal(numbers(split.train), chosen)
-    assert np.array_equal(split.train_labels, chosen // 8)
-    assert np.array_equal(numbers(split.test), np.arange(200, 220))
-    assert np.array_equal(split.test_labels, np.repeat(np.arange(5), 4))
+    assert np.array_equal(numbers(split.train.images), chosen)
+    assert np.array_equal(split.train.labels, chosen // 8)
+    assert np.array_equal(numbers(split.test.images), np.arange(200, 220))
+    assert np.array_equal(split.test.labels, np.repeat(np.arange(5), 4))
 
 
 def test_validation_is_the_rest_of_the_train_images_and_never_test():
     split = dataset().evaluation(DataConfig(labels=15, evaluate_on="validation"))
-    used, held = numbers(split.train), numbers(split.test)
+    used, held = numbers(split.train.images), numbers(split.test.images)
     assert len(used) == 15 and not set(used) & set(held)
     assert sorted([*used, *held]) == list(range(40))
-    assert np.array_equal(split.train_labels, used // 8)
-    assert np.array_equal(split.test_labels, held // 8)
+    assert np.array_equal(split.train.labels, used // 8)
+    assert np.array_equal(split.test.labels, held // 8)
 
 
 def test_validation_without_images_left_is_refused():
@@ -112,8 +121,8 @@ def test_validation_without_images_left_is_refused():
 def test_a_fold_gives_exactly_its_images():
     folds = [np.array([5, 3, 17]), np.array([0, 39])]
     split = dataset(folds=folds).evaluation(DataConfig(fold=1))
-    assert numbers(split.train).tolist() == [0, 39]
-    assert split.train_labels.tolist() == [0, 4]
+    assert numbers(split.train.images).tolist() == [0, 39]
+    assert split.train.labels.tolist() == [0, 4]
     with pytest.raises(UserError, match="--fold 1"):
         dataset().evaluation(DataConfig(fold=1))
 
@@ -121,6 +130,43 @@ def test_a_fold_gives_exactly_its_images():
 def test_fold_and_labels_exclude_each_other():
     with pytest.raises(UserError, match="--fold 0.*--labels"):
         dataset(folds=[np.arange(10)]).evaluation(DataConfig(fold=0, labels=5))
+
+
+def test_all_ten_folds():
+    assert [d.fold for d in each_fold(DataConfig(), True)] == list(range(10))
+    assert each_fold(DataConfig(fold=3), False) == [DataConfig(fold=3)]
+
+
+def test_folds_are_stratified_disjoint_and_all():
+    labels = np.repeat(np.arange(3), [20, 11, 7])
+    found = stratified_folds(labels, 5)
+    assert sorted(np.concatenate(found)) == list(range(38))
+    for rows in found:
+        counts = np.bincount(labels[rows], minlength=3)
+        assert (counts >= [4, 2, 1]).all() and (counts <= [4, 3, 2]).all()
+    other = stratified_folds(labels, 5, seed=1)
+    assert any(not np.array_equal(a, b) for a, b in zip(found, other, strict=True))
+
+
+def test_what_chooses_settings_sees_a_part_of_the_labels_and_no_test_image():
+    everything = dataset().evaluation(DataConfig(labels=25, draw=1))
+    part = everything.train.hold_out()
+    used, held = numbers(part.train.images), numbers(part.test.images)
+    assert (len(used), len(held)) == (20, 5)
+    assert sorted([*used, *held]) == sorted(numbers(everything.train.images))
+    assert sorted(part.test.labels) == [0, 1, 2, 3, 4]
+    assert np.array_equal(part.train.labels, used // 8)
+    assert np.array_equal(part.train.index, used) and np.array_equal(part.test.index, held)
+
+
+def test_test_images_are_never_held_out_to_choose_on():
+    with pytest.raises(ValueError, match="test images"):
+        dataset().evaluation(DataConfig(labels=10)).test.hold_out()
+
+
+def test_one_image_of_a_class_leaves_nothing_to_choose_on():
+    with pytest.raises(UserError, match="one image of a class"):
+        dataset().evaluation(DataConfig(labels=5)).train.hold_out()
 
 
 def test_evaluation_without_labels_is_refused():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from data.datasets import stratified_folds
 from eval.classifiers import (
     STRENGTHS,
     MLPConfig,
@@ -12,7 +13,6 @@ from eval.classifiers import (
     choose_strength,
     fit_linear,
     fit_mlp,
-    folds,
     logistic_regression,
     row_span,
     standardisation,
@@ -85,18 +85,6 @@ def test_the_intercept_is_free():
     assert (bias[0] - bias[1]).item() == pytest.approx(np.log(9), abs=1e-2)
 
 
-def test_folds_are_stratified_disjoint_and_all():
-    labels = np.repeat(np.arange(3), [20, 11, 7])
-    found = folds(labels, 5)
-    assert sorted(np.concatenate(found)) == list(range(38))
-    for rows in found:
-        counts = np.bincount(labels[rows], minlength=3)
-        assert (counts >= [4, 2, 1]).all() and (counts <= [4, 3, 2]).all()
-    assert any(
-        not np.array_equal(a, b) for a, b in zip(found, folds(labels, 5, seed=1), strict=True)
-    )
-
-
 def test_constant_features_do_no_harm():
     features, labels = problem(60, 6)
     features[:, 2] = 3.0
@@ -115,7 +103,7 @@ def held_out_losses(features, labels, strengths):
     """Five-fold cross-validated losses by scikit-learn, on the same folds."""
     losses = np.zeros(len(strengths))
     x, y = features.double().numpy(), labels.numpy()
-    for rows in folds(y, 5):
+    for rows in stratified_folds(y, 5):
         kept = np.setdiff1d(np.arange(len(y)), rows)
         mean, std = x[kept].mean(0), x[kept].std(0)
         for i, strength in enumerate(strengths):

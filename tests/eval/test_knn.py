@@ -1,16 +1,13 @@
-"""k-NN against a loop, and what the figure during pretraining is made of."""
+"""Nearest neighbours against a loop and against scikit-learn."""
 
-from types import SimpleNamespace
+import resource
 
 import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 
-from byol.networks import Encoder
-from data.images import Images
-from eval.features import extract
-from eval.knn import HeldOut, held_out_order, hold_out_labels, knn_top1
-from training.distributed import SINGLE
+from eval.knn import euclidean_knn_top1, knn_top1
 
 
 def naive(bank, bank_labels, queries, labels, k, temperature) -> float:
@@ -39,52 +36,50 @@ def test_it_is_the_weighted_vote_of_the_nearest(k, temperature):
     assert 30 < found < 100
 
 
-def images(count=60):
-    rng = np.random.default_rng(0)
-    return Images([rng.integers(0, 256, (count, 1, 8, 8), np.uint8)]), np.arange(count) % 3
+def clusters(count=300, size=6, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 5, count)
+    x = rng.normal(size=(5, size))[labels] + rng.normal(size=(count, size))
+    return x * rng.uniform(0.5, 2, (count, 1)), labels
 
 
-def due(knn, index, last=False):
-    return knn.due(SimpleNamespace(index=index, last=last))
+def halves(x, labels):
+    t = torch.from_numpy(x).float(), torch.from_numpy(labels)
+    return t[0][:200], t[1][:200], t[0][200:], t[1][200:]
 
 
-def test_it_is_due_at_the_cadence_and_the_end_and_never_without_labels():
-    how = ([0.5] * 3, [0.25] * 3, (0, 0))
-    knn = HeldOut(*images(), 3, how)
-    assert [due(knn, k) for k in range(6)] == [False, False, True] * 2
-    assert due(knn, 0, last=True)
-    assert not due(HeldOut(*images(), 0, how), 0, last=True)
-    assert not due(HeldOut(None, None, 3, how), 2, last=True)
+@pytest.mark.parametrize("k", [5, 20, 200])
+def test_cosine_is_scikit_learns(k):
+    x, labels = clusters()
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    expected = 100 * theirs.fit(x[:200], labels[:200]).score(x[200:], labels[200:])
+    assert knn_top1(*halves(x, labels), k=k, block=33) == pytest.approx(expected)
 
 
-def test_queries_are_held_out_of_the_bank():
-    pictures, labels = images()
-    knn = HeldOut(pictures, labels, 1, ([0.5] * 3, [0.25] * 3, (0, 0)))
-    assert knn.queries == 12
-    everything = np.arange(60)
-    rows = [row.numpy().tobytes() for row in knn.images.gather(everything)]
-    assert len(set(rows)) == 60  # each image once: query or bank
-    whole = [row.numpy().tobytes() for row in pictures.gather(everything)]
-    original = dict(zip(whole, labels, strict=True))
-    assert [original[row] for row in rows] == knn.labels.tolist()
-
-    encoder = Encoder("resnet18", "small", 1 / 16).eval()
-    x = extract(encoder, knn.images, [0.5] * 3, [0.25] * 3)
-    expected = naive(x[12:].numpy(), knn.labels[12:].tolist(), x[:12].numpy(),
-                     knn.labels[:12].tolist(), 20, 0.07)  # fmt: skip
-    method = SimpleNamespace(encoder=encoder)
-    assert knn.figures(method, SINGLE) == {"knn_top1": pytest.approx(expected)}
-    method.probe = torch.nn.Linear(encoder.feature_size, 4)
-    right = (method.probe(x[:12]).argmax(1) == knn.labels[:12]).float().mean().item()
-    assert knn.figures(method, SINGLE)["online_probe_top1"] == pytest.approx(100 * right)
+@pytest.mark.parametrize("k", [1, 5, 200])
+def test_euclidean_is_scikit_learns(k):
+    x, labels = clusters(seed=k)
+    theirs = KNeighborsClassifier(k).fit(x[:200], labels[:200])
+    expected = 100 * theirs.score(x[200:], labels[200:])
+    assert euclidean_knn_top1(*halves(x, labels), k=k, block=33) == pytest.approx(expected)
+    assert k == 200 or expected != 100 * KNeighborsClassifier(k, metric="cosine").fit(
+        x[:200], labels[:200]
+    ).score(x[200:], labels[200:])  # the case tells the two apart
 
 
-def test_the_probe_never_sees_the_labels_it_is_measured_on():
-    pictures, labels = images()
-    everything = np.concatenate([labels, np.full(7, -1)])
-    seen = hold_out_labels(everything, labels)
-    held = HeldOut(pictures, labels, 1, None)
-    order, queries = held_out_order(len(labels))
-    assert queries == held.queries == 12 and (seen[order[:12]] == -1).all()
-    assert (seen[order[12:]] == labels[order[12:]]).all() and (seen[60:] == -1).all()
-    assert (everything[:60] == labels).all()
+def test_more_neighbours_than_images_are_all_of_them():
+    x, labels = clusters()
+    everything = halves(x, labels)
+    assert knn_top1(*everything, k=500) == knn_top1(*everything, k=200)
+    assert euclidean_knn_top1(*everything, k=500) == euclidean_knn_top1(*everything, k=200)
+
+
+def test_a_large_bank_never_becomes_one_matrix():
+    """30,000 x 20,000 distances would take 2.4 GB; in blocks it is tens of megabytes."""
+    noise = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(20000, 4, generator=noise), torch.randn(30000, 4, generator=noise)
+    labels = torch.zeros(30000, dtype=torch.long)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert knn_top1(bank, labels[:20000], queries, labels, k=1) == 100
+    assert euclidean_knn_top1(bank, labels[:20000], queries, labels) == 100
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600e3  # kB

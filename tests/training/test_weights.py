@@ -256,7 +256,7 @@ def test_bare_weights_need_their_shape_on_the_command_line(sample, run, tmp_path
     text = capsys.readouterr().err
     assert stop.value.code == 2 and "--width" in text and text.count("\n") == 1
     result = linear_eval.main([*flags, "--stem", "small", "--width", "0.125"])
-    assert result["images"] == 100
+    assert result["test_images"] == 100
 
 
 def test_the_table_of_both_starts_has_the_imagenet_control(sample, tmp_path, cached):

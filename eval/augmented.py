@@ -1,0 +1,92 @@
+"""Linear evaluation as the paper does it: a layer trained on frozen features of random crops."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from data.datasets import Labelled
+from data.loader import Loader
+from data.views import ViewConfig
+from eval.classifiers import Classifier, accuracy
+from eval.features import FrozenEncoder
+from training.config import option
+from training.distributed import gather_batch
+from training.schedules import learning_rate, peak_rate
+
+
+@dataclass
+class AugmentedConfig:
+    """[augmented]: linear evaluation on random crops (Sec. 4.1, App. C.1)."""
+
+    epochs: int = option(80, "epochs over the training labels", low=1)
+    batch_size: int = option(256, "GLOBAL batch", low=2)
+    rates: list[float] = option([0.4, 0.3, 0.2, 0.1, 0.05], "rates per 256 images to try", low=0)
+    area: list[float] = option([0.08, 1.0], "area fraction of the crops", low=0.01, high=1)
+
+
+def fit_augmented(
+    frozen: FrozenEncoder,
+    labelled: Labelled,
+    config: AugmentedConfig,
+    crop_size: int,
+    seed: int,
+) -> Classifier:
+    """Choose the rate on a held-out fifth of `labelled`, then train on all of it."""
+    rates, trials = config.rates, {}
+    if len(rates) > 1:
+        part = labelled.hold_out()
+        layers = train_layers(frozen, part.train, rates, config, crop_size, seed)
+        held = frozen(part.test.images)
+        trials = {
+            r: accuracy(m(held), part.test.labels) for r, m in zip(rates, layers, strict=True)
+        }
+        rates = [max(trials, key=trials.get)]
+    (layer,) = train_layers(frozen, labelled, rates, config, crop_size, seed)
+    zero = torch.zeros(frozen.encoder.feature_size)
+    return Classifier(zero, zero + 1, layer, f"rate {rates[0]:g} per 256", trials)
+
+
+def train_layers(
+    frozen: FrozenEncoder,
+    labelled: Labelled,
+    rates: list[float],
+    config: AugmentedConfig,
+    crop_size: int,
+    seed: int,
+) -> list[nn.Linear]:
+    """One linear layer for each rate, trained side by side on the same forward passes."""
+    processes, encoder = frozen.processes, frozen.encoder
+    size = min(config.batch_size, len(labelled))
+    size -= size % processes.world_size
+    loader = Loader(
+        images=labelled.images,
+        labels=labelled.labels,
+        views=(ViewConfig.supervised(config.area, shift=0, flip_p=0.5),),
+        crop_size=crop_size,
+        batch_size=size,
+        mean=frozen.mean,
+        std=frozen.std,
+        seed=seed,
+        processes=processes,
+    )
+    classes = len(labelled.class_names)
+    layers = [nn.Linear(encoder.feature_size, classes).to(processes.device) for _ in rates]
+    for layer in layers:
+        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    groups = [{"params": layer.parameters()} for layer in layers]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
+    encoder.eval()
+    total = config.epochs * loader.steps_per_epoch
+    for k in range(total):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = learning_rate(peak_rate("sgd", rate, size), k, 0, total)
+        ((views, labels),) = loader.batches(k)
+        with torch.no_grad():
+            features = gather_batch(encoder(*views).float(), processes)
+        labels = gather_batch(labels, processes)  # from here on all ranks do the same
+        optimizer.zero_grad()
+        sum(cross_entropy(layer(features), labels) for layer in layers).backward()
+        optimizer.step()
+    return [layer.cpu() for layer in layers]

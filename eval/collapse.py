@@ -1,0 +1,51 @@
+"""Has it collapsed?  The loss alone cannot say; these figures of the outputs can."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+NAMES = ("representation", "projection", "target_representation", "target")
+
+
+def spread(x: Tensor) -> float:
+    """Standard deviation per dimension of the normalised vectors (N, D), averaged over D.
+
+    0 when all are equal, 1/sqrt(D) when they fill the sphere evenly (arXiv 2011.10566, Sec. 4.1).
+    """
+    return normalize(x, dim=1).std(0, correction=0).mean().item()
+
+
+def effective_rank(x: Tensor) -> float:
+    """RankMe (arXiv 2210.02885, eq. 1): exp of the entropy of the singular values of (N, D)."""
+    values = torch.linalg.svdvals(x)
+    p = values / values.sum().clamp(min=1e-12) + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+def alignment(x: Tensor, y: Tensor) -> float:
+    """Mean squared distance of two views' normalised vectors, (N, D) each (arXiv 2005.10242)."""
+    return (normalize(x, dim=1) - normalize(y, dim=1)).square().sum(1).mean().item()
+
+
+def uniformity(x: Tensor) -> float:
+    """log of the mean of exp(-2 d^2) over all pairs of normalised vectors (arXiv 2005.10242).
+
+    0 when all are equal, about -4 when they fill the sphere evenly.
+    """
+    return torch.pdist(normalize(x, dim=1)).square().mul(-2).exp().mean().log().item()
+
+
+def collapse_figures(outputs: dict[str, Tensor]) -> dict[str, float]:
+    """{"std/NAME": ..., "rank/NAME", "alignment/NAME", "uniformity/NAME"} of a method's outputs.
+
+    outputs   those of NAMES that the method has, each (views, N, D); alignment is of the first two
+    """
+    found = {}
+    for name in (n for n in NAMES if n in outputs):
+        x = outputs[name].double()
+        found[f"std/{name}"] = spread(x[0])
+        found[f"rank/{name}"] = effective_rank(x[0])
+        found[f"uniformity/{name}"] = uniformity(x[0])
+        if len(x) > 1:
+            found[f"alignment/{name}"] = alignment(x[0], x[1])
+    return {key: float(f"{value:.5g}") for key, value in found.items()}

@@ -1,0 +1,109 @@
+"""What is watched during pretraining, on labelled TRAIN images: k-NN, online probe, collapse."""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.images import Images
+from data.loader import Loader, generator
+from data.views import draw
+from eval.collapse import NAMES, collapse_figures
+from eval.features import extract
+from eval.knn import knn_top1
+from training.distributed import sum_over_ranks
+
+WATCH = 4  # stream of random numbers; the loader has 1 and 2, the loop 3
+WATCHED = 2048  # images of the collapse figures
+
+
+def held_out_order(count: int, seed: int = 0) -> tuple[np.ndarray, int]:
+    """An order of `count` labelled images, and how many of its first are held out: a fifth."""
+    return np.random.default_rng(seed).permutation(count), max(1, min(count // 5, 2000))
+
+
+def hold_out_labels(labels: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
+    """Pretraining's labels with those of the held-out images unknown (-1), for the online probe.
+
+    The labelled images come first among the pretraining images, see `Dataset.pretraining`.
+    """
+    order, queries = held_out_order(len(train_labels))
+    labels = labels.copy()
+    labels[order[:queries]] = -1
+    return labels
+
+
+class HeldOut:
+    """Figures during pretraining.  Never test images, so that watching selects nothing on them.
+
+    images, labels   the labelled train images or None: a fifth (2,000 at most) are the k-NN's
+                     queries, the others (20,000 at most) its bank
+    loader           of the pretraining: views, mean and std; where no image is labelled its images
+                     are watched for collapse
+    sizes            evaluation geometry, see `frame`
+    """
+
+    def __init__(self, images: Images | None, labels, every: int, loader: Loader, sizes) -> None:
+        self.every, self.loader, self.sizes, self.seconds = every, loader, sizes, 0.0
+        self.labels = None
+        watched = loader.images
+        if images is not None and len(images) > 1:
+            order, self.queries = held_out_order(len(images))
+            order = order[: self.queries + 20000]
+            self.images, self.labels = images.subset(order), torch.from_numpy(labels[order])
+            watched = self.images
+        self.watched = watched.subset(np.arange(min(WATCHED, len(watched))))
+
+    def due(self, step) -> bool:
+        """After the first step, every `every` steps and at the end."""
+        last_of_cadence = self.every and (step.index + 1) % self.every == 0
+        return bool(self.every) and (step.index == 0 or step.last or last_of_cadence)
+
+    def figures(self, method, processes, first: bool = False) -> dict[str, float]:
+        """knn_top1, online_probe_top1 where a probe is trained (percent), and collapse figures.
+
+        The same on all ranks; `seconds` then tells what it took.  After the first step there are
+        the collapse figures alone: what later ones are compared with.
+        """
+        begun = time.perf_counter()
+        found = {} if first or self.labels is None else self._accuracy(method, processes)
+        found |= collapse_figures(self._outputs(method, processes))
+        self.seconds = time.perf_counter() - begun
+        return found
+
+    def _accuracy(self, method, processes) -> dict[str, float]:
+        n, loader = self.queries, self.loader
+        features = extract(
+            method.encoder, self.images, loader.mean, loader.std, self.sizes, processes
+        )
+        found = {"knn_top1": knn_top1(features[n:], self.labels[n:], features[:n], self.labels[:n])}
+        if hasattr(method, "probe"):
+            with torch.no_grad():
+                guess = method.probe(features[:n].to(processes.device)).argmax(1).cpu()
+            found["online_probe_top1"] = 100 * (guess == self.labels[:n]).float().mean().item()
+        return found
+
+    @torch.no_grad()
+    def _outputs(self, method, processes, block: int = 256) -> dict[str, Tensor]:
+        """The method's outputs in eval mode on the same views each time: name -> (views, N, D)."""
+        count, rng = len(self.watched), generator(self.loader.seed, WATCH, 0)
+        drawn = [draw(v, count, *self.watched.shape, rng) for v in self.loader.views]
+        found: dict[str, Tensor] = {}
+        was_training = method.training
+        method.eval()
+        first, last = (
+            count * r // processes.world_size for r in (processes.rank, processes.rank + 1)
+        )
+        for start in range(first, last, block):
+            rows = slice(start, min(start + block, last))
+            pixels = self.watched.gather(np.arange(count)[rows]).to(processes.device)
+            parameters = [{k: v[rows] for k, v in d.items()} for d in drawn]
+            outputs = method(*self.loader.make_views(pixels, parameters))
+            for name in (n for n in NAMES if n in outputs):
+                x = outputs[name].float()
+                if name not in found:
+                    found[name] = x.new_zeros(len(x), count, x.shape[2])
+                found[name][:, rows] = x
+        method.train(was_training)
+        return {name: sum_over_ranks(x).cpu() for name, x in found.items()}
