@@ -22,7 +22,7 @@ from training.command import execute
 from training.config import EncoderConfig, OptimConfig, RunConfig, UserError, read_config
 from training.distributed import Processes, barrier
 from training.method import OnlineProbe
-from training.run_folder import say, write_json
+from training.run_folder import read_metrics, say, warn, write_json
 from training.session import Session
 from training.stopping import Watch
 from training.weights import initialise, save_encoder
@@ -100,8 +100,9 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     )
 
     # loop
-    held_out = HeldOut(data.train, data.train_labels, config.run.knn_every, loader, sizes)
-    figures = {}
+    before = read_metrics(out / "metrics.jsonl")
+    held_out = HeldOut(data.train, data.train_labels, config.run.knn_every, loader, sizes, before)
+    figures, warnings = {}, []
     with session.folder as folder, Watch(processes, config.run.check_every) as watch:
         for step in session.steps():
             now = {}
@@ -109,6 +110,9 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
                 session.share_buffers()
                 now = figures = held_out.figures(method, processes, first=step.index == 0)
                 folder.pause_clock(held_out.seconds)
+                for text in held_out.alarms(step, now):
+                    warn(processes, f"step {step.index + 1}: {text}; see docs/evaluation.md")
+                    warnings.append(text)
             folder.log(step, config.run.log_every, **now)
             session.save_if_due(step, watch)
             if watch.stop:
@@ -125,6 +129,7 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
             "dataset": config.data.dataset,
             "steps": session.total,
             **figures,
+            "warnings": warnings,
             "seconds": round(session.seconds, 1),
         }
         if processes.main:

@@ -9,13 +9,14 @@ from torch import Tensor
 from data.images import Images
 from data.loader import Loader, generator
 from data.views import draw
-from eval.collapse import NAMES, collapse_figures
+from eval.collapse import NAMES, collapse_alarms, collapse_figures
 from eval.features import extract
 from eval.knn import knn_top1
 from training.distributed import sum_over_ranks
 
 WATCH = 4  # stream of random numbers; the loader has 1 and 2, the loop 3
 WATCHED = 2048  # images of the collapse figures
+GRACE = 1000  # steps, at most a tenth of the run, before an alarm
 
 
 def held_out_order(count: int, seed: int = 0) -> tuple[np.ndarray, int]:
@@ -42,10 +43,15 @@ class HeldOut:
     loader           of the pretraining: views, mean and std; where no image is labelled its images
                      are watched for collapse
     sizes            evaluation geometry, see `frame`
+    before           the run's metrics so far, where it is resumed
     """
 
-    def __init__(self, images: Images | None, labels, every: int, loader: Loader, sizes) -> None:
+    def __init__(
+        self, images: Images | None, labels, every: int, loader: Loader, sizes, before=()
+    ) -> None:
         self.every, self.loader, self.sizes, self.seconds = every, loader, sizes, 0.0
+        self.start = next((row for row in before if row["step"] == 0), {})
+        self.dimensions, self.told = {}, set()
         self.labels = None
         watched = loader.images
         if images is not None and len(images) > 1:
@@ -68,9 +74,22 @@ class HeldOut:
         """
         begun = time.perf_counter()
         found = {} if first or self.labels is None else self._accuracy(method, processes)
-        found |= collapse_figures(self._outputs(method, processes))
+        outputs = self._outputs(method, processes)
+        self.dimensions = {name: x.shape[2] for name, x in outputs.items()}
+        found |= collapse_figures(outputs)
+        if first:
+            self.start = found
         self.seconds = time.perf_counter() - begun
         return found
+
+    def alarms(self, step, figures: dict) -> list[str]:
+        """What looks like a collapse, in plain words, each once and not in the first steps."""
+        if step.index < min(GRACE, step.total // 10):
+            return []
+        found = collapse_alarms(figures, self.start, self.dimensions)
+        new = [text for key, text in found.items() if key not in self.told]
+        self.told |= set(found)
+        return new
 
     def _accuracy(self, method, processes) -> dict[str, float]:
         n, loader = self.queries, self.loader

@@ -1,6 +1,7 @@
 """What each protocol is, in one table; every result carries the name of its own."""
 
 from dataclasses import dataclass
+from statistics import mean, stdev
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def record(protocol: str, name: str, config, split, top1: float, **more) -> dict
     split    what was learned from and measured on, a datasets.Split
     """
     data = config.data
-    assert protocol in PROTOCOLS
+    PROTOCOLS[protocol]  # KeyError for one that no table explains
     return {
         "name": name,
         "dataset": data.dataset,
@@ -81,8 +82,6 @@ def record(protocol: str, name: str, config, split, top1: float, **more) -> dict
 
 def over_folds(results: list[dict]) -> dict:
     """One result of several that differ in the fold: the mean, and the spread over folds."""
-    from statistics import mean, stdev
-
     figures = [r["top1"] for r in results]
     both = {"top1": round(mean(figures), 4), "top1_std": round(stdev(figures), 4)}
     return results[0] | both | {"fold": "all", "folds": figures}

@@ -26,6 +26,12 @@ def say(processes: Processes, text: str) -> None:
         tqdm.write(text)
 
 
+def warn(processes: Processes, text: str) -> None:
+    """One line on stderr from the main process, also with --quiet."""
+    if processes.main:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 def check_free(out: Path, resume: bool, overwrite: bool) -> None:
     """UserError where `out` holds another run, or can't be a folder; before any work starts."""
     if out.exists() and not out.is_dir():

@@ -1,12 +1,26 @@
 """Collapse figures against plain formulas and known cases."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from eval.collapse import alignment, collapse_figures, effective_rank, spread, uniformity
+import train_byol
+from byol.byol import BYOL
+from byol.networks import Encoder
+from data.images import Images
+from eval.collapse import (
+    alignment,
+    collapse_alarms,
+    collapse_figures,
+    effective_rank,
+    spread,
+    uniformity,
+)
+from eval.features import extract
 
 
 def sphere(count=400, size=32, seed=0):
@@ -71,3 +85,73 @@ def test_the_names_say_which_output_is_meant():
     assert found["alignment/target"] == pytest.approx(alignment(*outputs["target"]), rel=1e-4)
     alone = collapse_figures({"projection": sphere()[None]})
     assert set(alone) == {"std/projection", "rank/projection", "uniformity/projection"}
+
+
+def test_a_rank_that_falls_to_10_of_512_is_told():
+    """From a real ResNet-18 at its start, whose own rank is a small part of 512 too."""
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(0, 256, (300, 3, 4, 4), np.uint8).repeat(4, 2).repeat(4, 3)
+    torch.manual_seed(0)
+    start = extract(Encoder("resnet18", "small"), Images([smooth]), [0.5] * 3, [0.25] * 3)
+    low = sphere(300, 10) @ torch.linalg.qr(sphere(512, 10, 1)).Q.T
+
+    def figures(x):
+        return collapse_figures({"representation": x[None]})
+
+    sizes = {"representation": 512}
+    assert effective_rank(low) < 10
+    (text,) = collapse_alarms(figures(low), figures(start), sizes).values()
+    assert "representation uses 9." in text and "of 512 dimensions" in text
+    assert collapse_alarms(figures(start), figures(start), sizes) == {}
+    assert collapse_alarms(figures(sphere(300, 512)), figures(start), sizes) == {}
+
+
+def test_without_figures_of_the_start_nothing_is_told():
+    now = collapse_figures({"projection": torch.ones(1, 30, 8) + 1e-9 * sphere(30, 8)})
+    assert collapse_alarms(now, {}, {"projection": 8}) == {}
+
+
+class Unprotected(BYOL):
+    """No predictor; with a target that is the online network, nothing keeps it from collapsing."""
+
+    def __init__(self, encoder, config):
+        super().__init__(encoder, config)
+        self.predictor = nn.Identity()
+
+
+COLLAPSE = ["--byol.base-tau", "0", "--byol.tau-schedule", "constant"]
+
+
+def watched(method_class, recipe, out, *flags) -> dict:
+    shared = ["--recipe", recipe, "--out", str(out), "--quiet", "--threads", "1"]
+    return train_byol.main(method_class, [*shared, *flags])
+
+
+def test_a_total_collapse_is_told_in_plain_words(sample, recipe, tmp_path, capsys):
+    flags = ["--steps", "60", "--optimizer", "sgd", "--lr", "0.4", "--knn-every", "20"]
+    result = watched(Unprotected, recipe, tmp_path / "bad", *flags, *COLLAPSE)
+    text = capsys.readouterr().err
+    assert "all images get nearly the same projection" in text and "warning: step " in text
+    assert len(result["warnings"]) == len(set(result["warnings"])) == text.count("\n")
+    result = watched(BYOL, recipe, tmp_path / "good", *flags)
+    assert result["warnings"] == [] and not capsys.readouterr().err
+
+
+def test_a_resumed_run_remembers_its_start(sample, recipe, tmp_path, capsys):
+    flags = ["--steps", "60", "--optimizer", "sgd", "--lr", "0.4", "--knn-every", "20", *COLLAPSE]
+    watched(Unprotected, recipe, tmp_path / "run", *flags, "--stop-after", "30")
+    capsys.readouterr()
+    result = watched(Unprotected, recipe, tmp_path / "run", *flags, "--resume")
+    assert "all images get nearly the same projection" in capsys.readouterr().err
+    assert result["warnings"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sample", "cifar10_cpu", "imagenette"])
+def test_healthy_recipes_are_silent(tmp_path, capsys, name):
+    """Their views, optimizer, rate, heads and tau, on the sample's images and for 600 steps."""
+    recipe = str(Path(__file__).parents[2] / "recipes" / f"{name}.toml")
+    flags = ["--dataset", "sample", "--crop-size", "28", "--stem", "small", "--width", "0.25",
+             "--batch-size", "64", "--steps", "600", "--knn-every", "60"]  # fmt: skip
+    result = watched(BYOL, recipe, tmp_path / "run", *flags)
+    assert result["warnings"] == [] and "warning" not in capsys.readouterr().err

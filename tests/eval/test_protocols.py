@@ -1,0 +1,46 @@
+"""The table of protocols, and what results carry."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from data.datasets import DataConfig, Labelled, Split
+from eval.protocols import PROTOCOLS, over_folds, record
+from training.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def split() -> Split:
+    return Split(Labelled(None, [0] * 30, [1], []), Labelled(None, [0] * 80, None, []))
+
+
+def test_a_record_holds_what_the_figure_rests_on():
+    data = DataConfig(dataset="sample", labels=30, draw=4, evaluate_on="validation")
+    config = SimpleNamespace(data=data, run=RunConfig(seed=6))
+    found = record("features-linear", "byol-linear", config, split(), 61.23456, chosen="L2 1")
+    assert found == {
+        "name": "byol-linear", "dataset": "sample", "protocol": "features-linear", "top1": 61.2346,
+        "labels": 30, "draw": 4, "fold": -1, "seed": 6, "measured_on": "validation",
+        "test_images": 80, "chosen": "L2 1",
+    }  # fmt: skip
+
+
+def test_an_unknown_protocol_is_no_result():
+    config = SimpleNamespace(data=DataConfig(), run=RunConfig())
+    with pytest.raises(KeyError):
+        record("linear", "byol-linear", config, split(), 50.0)
+
+
+def test_folds_become_their_mean_and_spread():
+    results = [{"name": "x", "fold": f, "top1": 50.0 + f, "seconds": 1} for f in range(10)]
+    found = over_folds(results)
+    assert found["top1"] == 54.5 and found["top1_std"] == pytest.approx(3.0277, abs=1e-4)
+    assert found["fold"] == "all" and found["folds"] == [50.0 + f for f in range(10)]
+
+
+def test_the_page_on_evaluation_names_every_protocol():
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    for name in PROTOCOLS:
+        assert f"`{name}`" in page, name
