@@ -18,7 +18,7 @@ from eval.augmented import AugmentedConfig, fit_augmented
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.features import Features, FrozenEncoder
 from eval.knn import euclidean_knn_top1, knn_top1
-from eval.protocols import over_folds, record
+from eval.protocols import of_features, over_folds, record
 from training.checkpoints import save_file
 from training.command import execute
 from training.config import EncoderConfig, RunConfig, UserError, as_dict
@@ -77,7 +77,8 @@ def run(config, processes: Processes) -> dict:
     mean, std = config.weights.normalisation(splits[0].train.images)
     sizes = datasets.evaluation_sizes(config.data, splits[0].train.images.shape)
     frozen = FrozenEncoder(encoder, mean, std, sizes, processes)
-    name = f"{config.protocol}-{config.head}"
+    name = of_features(config.head, config.linear.strength)
+    name = "augmented-linear" if config.protocol == "augmented" else name
     say(
         processes,
         f"{name} on frozen {e.arch} (stem {e.stem}, width {e.width:g}) of "

@@ -26,6 +26,7 @@ from data import datasets
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.features import Features, FrozenEncoder, pixels
 from eval.knn import knn_top1
+from eval.protocols import of_features
 from eval.table import Cells, markdown, picture
 from training import distributed
 from training.command import execute
@@ -177,7 +178,7 @@ def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, extrac
             top1 = knn_top1(x, torch.from_numpy(split.train.labels), y, truth)
         else:
             top1 = fit(how, x, split.train.labels, classes, c.linear, c.mlp, seed).top1(y, truth)
-        protocol = "pixels" if extract is pixels else f"features-{how}"
+        protocol = "pixels" if extract is pixels else of_features(how, c.linear.strength)
         table.add(key, top1, time.perf_counter() - begun, protocol, len(truth))
 
 

@@ -28,8 +28,9 @@ STRENGTH = (
 RECIPE = "nothing here: settings stand in the recipe"
 
 PROTOCOLS = {
-    "pixels": Protocol(FRAME, "raw pixels, at most 32 high", LOGISTIC, STRENGTH),
+    "pixels": Protocol(FRAME, "raw pixels, at most 32 high", LOGISTIC, "as in features-linear"),
     "features-linear": Protocol(FRAME, FROZEN, LOGISTIC, STRENGTH),
+    "features-linear-fixed": Protocol(FRAME, FROZEN, LOGISTIC, RECIPE),
     "features-mlp": Protocol(
         FRAME, FROZEN, "one hidden layer with batch norm and dropout, AdamW, cosine rate", RECIPE
     ),
@@ -55,6 +56,11 @@ PROTOCOLS = {
         "rate x epochs, by top-1 on a held-out fifth of the training labels",
     ),
 }
+
+
+def of_features(head: str, strength: float) -> str:
+    """The protocol's name for a head on cached features; `strength` is [linear]'s."""
+    return f"features-{head}" + "-fixed" * (head == "linear" and strength > 0)
 
 
 def record(protocol: str, name: str, config, split, top1: float, **more) -> dict:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.protocols import PROTOCOLS
+
 # 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
 T975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -173,6 +175,10 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
         cells = [name, init, *figures, count, f"{first['seconds']:.1f}", first["protocol"]]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Top-1 in percent, mean ± standard deviation over label draws.", ""]
+    for name in sorted({r["protocol"] for r in rows}):
+        p = PROTOCOLS[name]
+        lines += [f"- {name}: {p.features}; {p.solver}; chosen: {p.choice}"]
+    lines += [""]
     if any(c["pretrain_seeds"] == 1 for c in claims):
         lines += [
             "One pretraining seed: the intervals hold the label draws' variance, not its.",

@@ -149,12 +149,21 @@ def test_heads_on_frozen_features(run):
     linear = linear_eval.main(["--ckpt", str(run), *CPU, "--linear.strength", "0.1"])
     flags = ["--ckpt", str(run), *CPU, "--head", "mlp", "--mlp.steps", "20", "--labels", "50"]
     mlp = linear_eval.main(flags)
+    assert (linear["protocol"], linear["chosen"]) == ("features-linear-fixed", "L2 0.1")
     assert (linear["name"], linear["labels"]) == ("byol-linear", 100)
     assert (mlp["name"], mlp["labels"]) == ("byol-mlp", 50)
     for name in ("linear", "mlp-labels50-draw0"):
         saved = torch.load(run / name / "classifier.pt", weights_only=True)
         assert all(torch.equal(v, before[k]) for k, v in saved["encoder"].items())
         assert saved["classes"][0] == "t-shirt" and saved["feature_mean"].shape == (64,)
+
+
+def test_inputs_are_normalised_by_the_pretraining_images(run, sample):
+    """By their own statistics, kept with the weights: not those of another data set."""
+    meta = torch.load(run / "encoder.pt", weights_only=True)["meta"]
+    pixels = sample.pretraining("train+unlabelled")[0].gather(np.arange(320)).double() / 255
+    assert meta["mean"] == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
+    assert meta["std"] == pytest.approx(pixels.transpose(0, 1).flatten(1).std(1).tolist(), rel=1e-3)
 
 
 def test_every_result_says_what_it_rests_on(run, recipe):

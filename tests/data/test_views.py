@@ -238,6 +238,8 @@ def test_each_image_of_a_batch_gets_its_own_numbers():
     drawn = many(count=64, height=96, width=96)
     for name in ("brightness", "contrast", "saturation", "hue", "sigma"):
         assert len(np.unique(drawn[name])) == 64, name
+    for name in ("flip", "jitter", "grey", "solarize"):
+        assert len(np.unique(many(View2Config(), count=64)[name])) == 2, name
     boxes = np.stack([drawn[name] for name in ("top", "left", "h", "w")], 1)
     assert len(np.unique(boxes, axis=0)) > 60
     assert all(len(values) == 64 for values in drawn.values())

@@ -5,6 +5,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from byol.networks import Encoder
+from data import datasets
 from data.datasets import stratified_folds
 from eval.classifiers import (
     STRENGTHS,
@@ -17,6 +19,7 @@ from eval.classifiers import (
     row_span,
     standardisation,
 )
+from eval.features import extract
 
 
 def problem(count, size, classes=4, spread=1.5, seed=0):
@@ -56,6 +59,34 @@ def test_logistic_regression_minimises_the_objective_as_scikit_learn_does(count,
     assert found <= expected + 1e-4
     mine = (x @ weight + bias).argmax(1)
     assert np.mean(mine == theirs.predict(x)) > 0.97
+
+
+def test_on_real_features_it_is_scikit_learns():
+    """An untrained network's features of the sample: loss to 1e-3, accuracy to 0.2 points."""
+    data = datasets.load(datasets.DataConfig(dataset="sample"))
+    torch.manual_seed(0)
+    encoder, strength = Encoder("resnet18", "small", 0.25), 0.01
+    sets = data.train, data.test.subset(np.arange(2000))
+    features, test = (extract(encoder, images, [0.3] * 3, [0.35] * 3) for images in sets)
+    labels = torch.from_numpy(data.train_labels)
+    mine = fit_linear(features, labels, 10, strength)
+    x, other = (((f - mine.mean) / mine.std).double().numpy() for f in (features, test))
+    theirs = LogisticRegression(C=1 / (len(x) * strength), tol=1e-6, max_iter=5000)
+    theirs.fit(x, data.train_labels)
+
+    w, b = mine.head.weight.detach().double().numpy().T, mine.head.bias.detach().double().numpy()
+    found = objective(w, b, x, data.train_labels, strength)
+    expected = objective(theirs.coef_.T, theirs.intercept_, x, data.train_labels, strength)
+    assert found == pytest.approx(expected, abs=1e-3)
+    truth = data.test_labels[:2000]
+    assert abs(mine.top1(test, truth) - 100 * theirs.score(other, truth)) <= 0.2
+    assert 60 < mine.top1(test, truth) < 90
+
+
+def test_an_edge_of_the_grid_is_said(monkeypatch):
+    features, labels = problem(60, 6, spread=0)  # nothing to learn: the strongest wins
+    assert fit_linear(features, labels, 4).chosen == "L2 10 (the edge of the grid)"
+    assert fit_linear(features, labels, 4, 10).chosen == "L2 10"
 
 
 def test_the_span_of_the_rows_holds_the_solution():

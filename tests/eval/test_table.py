@@ -54,7 +54,7 @@ def filled(path) -> Cells:
 
     def add(name, init, labels, draw, seed, top1):
         cells.add((name, init, labels, draw, seed), top1=top1, seconds=1.5,
-                  protocol=f"how {name}", test_images=4000)  # fmt: skip
+                  protocol="features-linear", test_images=4000)  # fmt: skip
 
     for labels, gain in ((100, 5.0), (500, -1.0)):
         for draw in range(3):
@@ -77,7 +77,7 @@ def test_rows_are_means_over_seeds_and_draws(tmp_path):
     assert row["top1_mean"] == pytest.approx(np.mean([64, 65, 66, 67, 68, 69]))
     assert row["top1_std"] == pytest.approx(np.std([64.5, 66.5, 68.5], ddof=1))
     assert (row["draws"], row["pretrain_seeds"], row["test_images"]) == (3, 2, 4000)
-    assert (row["init"], row["protocol"], row["seconds"]) == ("random", "how byol-linear", 1.5)
+    assert (row["init"], row["protocol"], row["seconds"]) == ("random", "features-linear", 1.5)
     keys = {"name", "init", "labels", "protocol", "top1_mean", "top1_std", "draws",
             "pretrain_seeds", "test_images", "seconds"}  # fmt: skip
     assert all(keys <= r.keys() for r in rows)
@@ -121,8 +121,8 @@ def test_a_cell_cut_short_is_measured_again_and_costs_no_other(tmp_path):
     cells = Cells(path, write=True)
     missing = ("byol-finetune", "random", 500, 1, 1)
     assert len(cells.cells) == count - 1 and missing not in cells
-    cells.add(missing, top1=1.0, seconds=1.0, protocol="p", test_images=1)
-    cells.add(("new", "none", 500, 1, 1), top1=1.0, seconds=1.0, protocol="p", test_images=1)
+    cells.add(missing, top1=1.0, seconds=1.0, protocol="network", test_images=1)
+    cells.add(("new", "none", 500, 1, 1), top1=1.0, seconds=1.0, protocol="network", test_images=1)
     again = Cells(path, write=True)
     assert missing in again and len(again.cells) == count + 1
 
@@ -137,6 +137,7 @@ def test_markdown_has_a_line_a_row_and_the_claims_whatever_their_sign(tmp_path):
     row = next(line for line in lines if line.startswith("| byol-linear | random |"))
     assert row.count("66.5 ± 2.0") == 2
     assert row.count("|") == header.count("|")
+    assert any(line.startswith("- features-linear: frozen encoder") for line in lines)
     claims = [line for line in lines if line.startswith("| byol-finetune - baseline")]
     assert len(claims) == 2
     assert "+5.10" in claims[0] and claims[0].endswith("| yes |")
@@ -146,7 +147,9 @@ def test_markdown_has_a_line_a_row_and_the_claims_whatever_their_sign(tmp_path):
 def test_one_draw_is_printed_without_spread_or_verdict(tmp_path):
     cells = Cells(tmp_path / "cells.jsonl", write=True)
     for name, top1 in (("byol-finetune", 70.0), ("baseline", 60.0)):
-        cells.add((name, "random", 100, 0, 0), top1=top1, seconds=1, protocol="p", test_images=10)
+        cells.add(
+            (name, "random", 100, 0, 0), top1=top1, seconds=1, protocol="network", test_images=10
+        )
     claims = cells.claims("byol")
     assert claims[0]["interval"] is None and claims[0]["difference"] == 10
     text = markdown(cells.rows(), claims, "t", [])
@@ -164,7 +167,7 @@ def test_the_picture_is_a_png(tmp_path):
 
 def test_claims_pair_draws_by_their_number(tmp_path):
     cells = Cells(tmp_path / "cells.jsonl", write=False)
-    other = dict(seconds=1.0, protocol="p", test_images=10)
+    other = dict(seconds=1.0, protocol="network", test_images=10)
     for draw, a, b in ((0, 70.0, 60.0), (1, 80.0, None), (2, 75.0, 68.0)):
         cells.add(("byol-linear", "random", 100, draw, 0), top1=a, **other)
         if b:
