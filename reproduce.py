@@ -27,7 +27,7 @@ from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.features import Features, FrozenEncoder, pixels
 from eval.knn import knn_top1
 from eval.protocols import of_features
-from eval.table import Cells, markdown, picture
+from eval.table import Cells, markdown
 from training import distributed
 from training.command import execute
 from training.config import (
@@ -39,7 +39,7 @@ from training.config import (
     read_config,
     spell,
 )
-from training.run_folder import git_commit, say, write_json
+from training.run_folder import git_commit, read_metrics, say, write_json
 from training.stopping import STOPPED
 from training.weights import imagenet_weights, initialise, read_weights
 
@@ -240,11 +240,6 @@ def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: l
         table.add(key, result["top1"], seconds, result["protocol"], result["test_images"])
 
 
-def read_result(folder: Path) -> dict:
-    """A finished run's result.json."""
-    return json.loads((folder / "result.json").read_text())
-
-
 def run(config, processes, method_class=train_byol.BYOL) -> dict:
     """All rows; writes results.json, results.md and results.png into --out."""
     started, m = time.perf_counter(), method_class.name
@@ -253,7 +248,7 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
         e = config.encoder
         imagenet_weights(e.arch, e.stem, e.width)
     control_rows(table, r.inits)
-    costs = []
+    folders = []
     for init in r.inits:
         trained_rows(table, "baseline", init, 0, train_baseline, ["--init", init])
         for seed in range(r.seeds):
@@ -263,8 +258,8 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
             )
             if "stopped" in train_byol.run(settings, processes, method_class):
                 return {"stopped": True}
-            costs.append(read_result(table.out / folder)["seconds"])
             run_folder = table.out / folder
+            folders.append(run_folder)
             rows = {f"{m}-knn": "knn", f"{m}-linear": "linear", f"{m}-mlp": "mlp"}
             features = FrozenFeatures(table, lambda folder=run_folder: pretrained(table, folder))
             frozen_rows(table, rows, init, seed, features)
@@ -272,7 +267,7 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
     rows, claims = table.cells.rows(), table.cells.claims(m)
     total = time.perf_counter() - started
     if processes.main:
-        report(table, rows, claims, costs, total)
+        report(table, rows, claims, folders)
     say(processes, f"{table.out}/results.md, .json and .png written; {total / 60:.1f} minutes")
     return {"rows": rows, "claims": claims}
 
@@ -286,13 +281,17 @@ def pretrained(table: Table, folder: Path):
     return encoder, weights.meta["mean"], weights.meta["std"]
 
 
-def report(table: Table, rows, claims, costs: list[float], total: float) -> None:
-    """Write the three files and print the table."""
+def report(table: Table, rows, claims, folders: list[Path]) -> None:
+    """Write the table in three forms, the picture of pretraining, and print the table."""
+    from eval.pictures import accuracy_picture, curves_picture  # matplotlib is slow to import
+
     c, out, p = table.config, table.out, table.processes
+    costs = [json.loads((f / "result.json").read_text())["seconds"] for f in folders]
+    threads = json.loads((folders[0] / "config.json").read_text())["threads"]
     notes = [
         f"{c.data.dataset}: measured on {rows[0]['test_images']:,} {c.data.evaluate_on} images. "
         f"Pretraining took {sum(costs) / len(costs):.0f} s a seed on {p.world_size} x "
-        f"{p.device.type} ({processor(p.device)}), {torch.get_num_threads()} threads; "
+        f"{p.device.type} ({processor(p.device)}), {threads} threads; "
         "`seconds` is the time of one cell beyond that and beyond extracting features.",
         "",
         f"`python reproduce.py {shlex.join(sys.argv[1:])}`, commit {git_commit()}.",
@@ -303,7 +302,8 @@ def report(table: Table, rows, claims, costs: list[float], total: float) -> None
     write_json(out / "results.json", rows)
     write_json(out / "claims.json", claims)
     (out / "results.md").write_text(text)
-    picture(rows, out / "results.png", c.reproduce.title)
+    accuracy_picture(rows, out / "results.png", c.reproduce.title)
+    curves_picture([read_metrics(f / "metrics.jsonl") for f in folders], out / "curves.png")
     say(p, "\n" + text)
 
 

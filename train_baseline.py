@@ -158,18 +158,8 @@ def train(config, processes, job: Job, split: datasets.Split, trials: list = ())
     # model, loader and optimizer
     e = config.encoder
     method = job.method_class(encoder, config.method, len(split.train.class_names))
-    loader = Loader(
-        images=split.train.images,
-        labels=split.train.labels,
-        views=method.views,
-        crop_size=config.data.crop_size,
-        batch_size=config.optim.batch_size,
-        accumulate=config.optim.accumulate,
-        mean=mean,
-        std=std,
-        seed=config.run.seed,
-        processes=processes,
-    )
+    images, labels = split.train.images, split.train.labels
+    loader = Loader.of(config, images, labels, method.views, (mean, std), processes)
     session = Session(config, method, loader, processes)
     say(
         processes,

@@ -78,18 +78,9 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
         method = OnlineProbe(method, len(data.class_names))
 
     # loader and optimizer
-    loader = Loader(
-        images=images,
-        labels=labels if method.uses_labels else None,
-        views=method.views or (config.view1, config.view2),
-        crop_size=config.data.crop_size,
-        batch_size=config.optim.batch_size,
-        accumulate=config.optim.accumulate,
-        mean=mean,
-        std=std,
-        seed=config.run.seed,
-        processes=processes,
-    )
+    labels = labels if method.uses_labels else None
+    views = method.views or (config.view1, config.view2)
+    loader = Loader.of(config, images, labels, views, (mean, std), processes)
     session = Session(config, method, loader, processes)
     height, width = images.shape
     say(

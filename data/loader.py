@@ -47,6 +47,13 @@ class Loader:
     processes: Processes = SINGLE
     dtype: torch.dtype = torch.float32
 
+    @classmethod
+    def of(cls, config, images, labels, views, normalisation, processes) -> "Loader":
+        """As the sections data, optim and run say; `normalisation` is (mean, std)."""
+        o, size = config.optim, config.data.crop_size
+        settings = images, labels, views, size, o.batch_size, *normalisation
+        return cls(*settings, config.run.seed, o.accumulate, processes)
+
     def __post_init__(self) -> None:
         parts = self.accumulate * self.processes.world_size
         if self.batch_size > len(self.images):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.table import T975, Cells, markdown, paired_interval, picture
+from eval.pictures import accuracy_picture, curves_picture
+from eval.table import T975, Cells, markdown, paired_interval
 
 
 def test_the_quantiles_are_students():
@@ -154,15 +155,21 @@ def test_one_draw_is_printed_without_spread_or_verdict(tmp_path):
     assert claims[0]["interval"] is None and claims[0]["difference"] == 10
     text = markdown(cells.rows(), claims, "t", [])
     assert "not shown" in text and "±" not in text.split("Top-1")[0]
-    picture(cells.rows(), tmp_path / "one.png", "t")
+    accuracy_picture(cells.rows(), tmp_path / "one.png", "t")
 
 
 def test_the_picture_is_a_png(tmp_path):
     rows = filled(tmp_path / "cells.jsonl").rows()
-    picture(rows, tmp_path / "results.png", "The title")
+    accuracy_picture(rows, tmp_path / "results.png", "The title")
     data = (tmp_path / "results.png").read_bytes()
     assert data.startswith(b"\x89PNG") and len(data) > 10000
     json.dumps(rows)  # plain numbers
+
+
+def test_the_curves_are_a_png_also_where_nothing_was_watched(tmp_path):
+    rows = [{"step": s, "knn_top1": 50.0, "std/representation": 0.1} for s in (0, 99)]
+    curves_picture([rows, [{"step": 0, "loss": 4.0}]], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_claims_pair_draws_by_their_number(tmp_path):
