@@ -5,9 +5,10 @@ python finetune.py --ckpt runs/byol-stl10 --sweep               # rate and epoch
 """
 
 from baseline.baseline import Finetune
+from baseline.runs import EXTRA, Job, train_all
 from byol.networks import Encoder
 from data import datasets
-from train_baseline import EXTRA, HIDE, Job, train_all
+from train_baseline import HIDE, train
 from training.command import execute
 from training.config import EncoderConfig, OptimConfig, RunConfig
 from training.distributed import Processes
@@ -57,7 +58,7 @@ def run(config, processes: Processes) -> dict:
         return encoder, *config.weights.normalisation(images)
 
     more = {"pretrain_seed": config.weights.meta.get("seed")}
-    return train_all(config, processes, Job(Finetune, start, more))
+    return train_all(config, Job(Finetune, start, processes, more), train)
 
 
 def main(argv: list[str] | None = None) -> dict:

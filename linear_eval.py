@@ -8,6 +8,7 @@ python linear_eval.py --ckpt runs/byol-sample --head mlp --labels 100
 
 import shlex
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from eval.augmented import AugmentedConfig, fit_augmented
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.features import Features, FrozenEncoder
 from eval.knn import euclidean_knn_top1, knn_top1
-from eval.protocols import of_features, over_folds, record
+from eval.protocols import of_head, over_folds, record
 from training.checkpoints import save_file
 from training.command import execute
 from training.config import EncoderConfig, RunConfig, UserError, as_dict
@@ -73,11 +74,10 @@ def run(config, processes: Processes) -> dict:
     e = config.encoder
     encoder = Encoder(e.arch, e.stem, e.width)
     config.weights.load_into(encoder, e, f"--ckpt {config.ckpt}")
-    encoder.to(processes.device, memory_format=torch.channels_last)
     mean, std = config.weights.normalisation(splits[0].train.images)
     sizes = datasets.evaluation_sizes(config.data, splits[0].train.images.shape)
     frozen = FrozenEncoder(encoder, mean, std, sizes, processes)
-    name = of_features(config.head, config.linear.strength)
+    name = of_head(config.head, config.linear.strength)
     name = "augmented-linear" if config.protocol == "augmented" else name
     say(
         processes,
@@ -98,7 +98,7 @@ def run(config, processes: Processes) -> dict:
     result["seconds"] = round(time.perf_counter() - started, 1)
     with RunFolder(out, as_dict(config), processes, overwrite=config.run.overwrite):
         if processes.main:
-            if classifier:
+            if classifier and not config.folds:
                 content = {"encoder": config.weights.state_dict, "meta": config.weights.meta}
                 content |= {"head": classifier.head.state_dict(), "classes": data.class_names}
                 content |= {"feature_mean": classifier.mean, "feature_std": classifier.std}
@@ -132,7 +132,9 @@ def evaluate(config, frozen: FrozenEncoder, features: Features, split):
         x, y = features(split.train), split.train.labels
         classifier = fit(config.head, x, y, classes, config.linear, config.mlp, config.run.seed)
     figures = {"top1": classifier.top1(test, truth), "chosen": classifier.chosen}
-    return figures | ({"trials": classifier.trials} if classifier.trials else {}), classifier
+    if config.protocol == "augmented":
+        figures |= {"trials": classifier.trials, "settings": asdict(config.augmented)}
+    return figures, classifier
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -8,6 +8,7 @@ table reports take the place of the test images.
 """
 
 import dataclasses
+import functools
 import json
 import platform
 import shlex
@@ -26,7 +27,7 @@ from data import datasets
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.features import Features, FrozenEncoder, pixels
 from eval.knn import knn_top1
-from eval.protocols import of_features
+from eval.protocols import of_head
 from eval.table import Cells, markdown
 from training import distributed
 from training.command import execute
@@ -178,7 +179,8 @@ def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, extrac
             top1 = knn_top1(x, torch.from_numpy(split.train.labels), y, truth)
         else:
             top1 = fit(how, x, split.train.labels, classes, c.linear, c.mlp, seed).top1(y, truth)
-        protocol = "pixels" if extract is pixels else of_features(how, c.linear.strength)
+        source = "pixels" if extract is pixels else "features"
+        protocol = of_head(how, c.linear.strength, source)
         table.add(key, top1, time.perf_counter() - begun, protocol, len(truth))
 
 
@@ -186,24 +188,20 @@ def control_rows(table: Table, inits: list[str]) -> None:
     """Raw pixels, random encoders of the same shape, and untouched ImageNet features."""
     frozen_rows(table, {"raw-pixels": "linear"}, "none", 0, pixels)
     for seed in range(table.config.reproduce.seeds):
-        features = FrozenFeatures(table, lambda seed=seed: starting_point(table, "random", seed))
+        features = frozen(table, lambda seed=seed: starting_point(table, "random", seed))
         frozen_rows(table, {"random-encoder": "linear"}, "none", seed, features)
     if "imagenet" in inits:
-        features = FrozenFeatures(table, lambda: starting_point(table, "imagenet", 0))
+        features = frozen(table, lambda: starting_point(table, "imagenet", 0))
         frozen_rows(table, {"imagenet-features": "linear"}, "imagenet", 0, features)
 
 
-class FrozenFeatures:
-    """Features of an encoder that is built when the first images are asked for."""
+def frozen(table: Table, build):
+    """A function of images to the features of an encoder, which is built when it is first called.
 
-    def __init__(self, table: Table, build) -> None:
-        self.table, self.build, self.built = table, build, None
-
-    def __call__(self, images) -> torch.Tensor:
-        if self.built is None:
-            self.built = self.build()
-            self.built[0].to(self.table.processes.device, memory_format=torch.channels_last)
-        return FrozenEncoder(*self.built, self.table.sizes, self.table.processes)(images)
+    build   gives the encoder, mean and std
+    """
+    encoder = functools.cache(lambda: FrozenEncoder(*build(), table.sizes, table.processes))
+    return lambda images: encoder()(images)
 
 
 def starting_point(table: Table, init: str, seed: int):
@@ -261,7 +259,7 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
             run_folder = table.out / folder
             folders.append(run_folder)
             rows = {f"{m}-knn": "knn", f"{m}-linear": "linear", f"{m}-mlp": "mlp"}
-            features = FrozenFeatures(table, lambda folder=run_folder: pretrained(table, folder))
+            features = frozen(table, lambda folder=run_folder: pretrained(table, folder))
             frozen_rows(table, rows, init, seed, features)
             trained_rows(table, f"{m}-finetune", init, seed, finetune, ["--ckpt", str(run_folder)])
     rows, claims = table.cells.rows(), table.cells.claims(m)

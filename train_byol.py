@@ -22,7 +22,7 @@ from training.command import execute
 from training.config import EncoderConfig, OptimConfig, RunConfig, UserError, read_config
 from training.distributed import Processes, barrier
 from training.method import OnlineProbe
-from training.run_folder import read_metrics, say, warn, write_json
+from training.run_folder import finished, read_metrics, say, warn, write_json
 from training.session import Session
 from training.stopping import Watch
 from training.weights import initialise, save_encoder
@@ -56,9 +56,9 @@ def configure(argv: list[str], method_class=BYOL):
 def run(config, processes: Processes, method_class=BYOL) -> dict:
     """Pretrain; returns what result.json holds.  The run folder then has encoder.pt."""
     out = Path(config.run.out)
-    if config.run.resume and (out / "result.json").exists():
+    if result := finished(out, config):
         say(processes, f"{out} is complete; nothing to do")
-        return {"complete": True}
+        return result | {"complete": True}
 
     # data
     data = datasets.load(config.data)
@@ -91,19 +91,19 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     )
 
     # loop
-    before = read_metrics(out / "metrics.jsonl")
+    before = [row for row in read_metrics(out / "metrics.jsonl") if row["step"] < session.done]
     held_out = HeldOut(data.train, data.train_labels, config.run.knn_every, loader, sizes, before)
-    figures, warnings = {}, []
+    figures = {}
     with session.folder as folder, Watch(processes, config.run.check_every) as watch:
         for step in session.steps():
             now = {}
             if held_out.due(step):
                 session.share_buffers()
-                now = figures = held_out.figures(method, processes, first=step.index == 0)
+                told = held_out.alarms(session.total)
+                now = figures = held_out.figures(method, processes, step.index)
                 folder.pause_clock(held_out.seconds)
-                for text in held_out.alarms(step, now):
+                for text in held_out.alarms(session.total)[len(told) :]:
                     warn(processes, f"step {step.index + 1}: {text}; see docs/evaluation.md")
-                    warnings.append(text)
             folder.log(step, config.run.log_every, **now)
             session.save_if_due(step, watch)
             if watch.stop:
@@ -114,13 +114,13 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
 
         # result
         if not figures and held_out.every:  # resumed after the last step
-            figures = held_out.figures(method, processes)
+            figures = held_out.figures(method, processes, session.total - 1)
         result = {
             "name": method.name,
             "dataset": config.data.dataset,
             "steps": session.total,
             **figures,
-            "warnings": warnings,
+            "warnings": held_out.alarms(session.total),
             "seconds": round(session.seconds, 1),
         }
         if processes.main:

@@ -79,7 +79,9 @@ class Dataset:
             )
         if data.fold >= 0:
             if self.folds is None or data.labels:
-                raise UserError(f"--fold {data.fold}: for stl10 only, and not with --labels")
+                raise UserError(
+                    f"--fold {data.fold} (--folds): for stl10 only, and not with --labels"
+                )
             chosen = self.folds[data.fold]
         else:
             chosen = label_draw(self.train_labels, data.labels, data.draw)
@@ -145,6 +147,8 @@ def stratified_folds(labels: np.ndarray, count: int, seed: int = 0) -> list[np.n
 
 def each_fold(data: DataConfig, folds: bool) -> list[DataConfig]:
     """The settings for each of STL-10's ten folds, or `data` alone."""
+    if folds and (data.labels or data.fold >= 0):
+        raise UserError("--folds: all labels of each fold are used; leave out --labels and --fold")
     return [dataclasses.replace(data, fold=f) for f in range(10)] if folds else [data]
 
 

@@ -60,17 +60,9 @@ def train_layers(
     processes, encoder = frozen.processes, frozen.encoder
     size = min(config.batch_size, len(labelled))
     size -= size % processes.world_size
-    loader = Loader(
-        images=labelled.images,
-        labels=labelled.labels,
-        views=(ViewConfig.supervised(config.area, shift=0, flip_p=0.5),),
-        crop_size=crop_size,
-        batch_size=size,
-        mean=frozen.mean,
-        std=frozen.std,
-        seed=seed,
-        processes=processes,
-    )
+    views = (ViewConfig.supervised(config.area, shift=0, flip_p=0.5),)
+    inputs = labelled.images, labelled.labels, views, crop_size, size, frozen.mean, frozen.std
+    loader = Loader(*inputs, seed, processes=processes)
     classes = len(labelled.class_names)
     layers = [nn.Linear(encoder.feature_size, classes).to(processes.device) for _ in rates]
     for layer in layers:

@@ -1,5 +1,7 @@
 """Has it collapsed?  The loss alone cannot say; these figures of the outputs can."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -17,6 +19,8 @@ def spread(x: Tensor) -> float:
 
 def effective_rank(x: Tensor) -> float:
     """RankMe (arXiv 2210.02885, eq. 1): exp of the entropy of the singular values of (N, D)."""
+    if not torch.isfinite(x).all():  # the loop stops with a reason; svdvals would stop without
+        return math.nan
     values = torch.linalg.svdvals(x)
     p = values / values.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()

@@ -50,6 +50,9 @@ class FrozenEncoder:
     sizes: tuple[int, int] = (0, 0)
     processes: Processes = SINGLE
 
+    def __post_init__(self) -> None:
+        self.encoder.to(self.processes.device, memory_format=torch.channels_last)
+
     def __call__(self, images: Images) -> Tensor:
         """(N, feature_size), see `extract`."""
         return extract(self.encoder, images, self.mean, self.std, self.sizes, self.processes)

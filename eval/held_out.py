@@ -12,7 +12,6 @@ from data.views import draw
 from eval.collapse import NAMES, collapse_alarms, collapse_figures
 from eval.features import extract
 from eval.knn import knn_top1
-from training.distributed import sum_over_ranks
 
 WATCH = 4  # stream of random numbers; the loader has 1 and 2, the loop 3
 WATCHED = 2048  # images of the collapse figures
@@ -40,7 +39,7 @@ class HeldOut:
 
     images, labels   the labelled train images or None: a fifth (2,000 at most) are the k-NN's
                      queries, the others (20,000 at most) its bank
-    loader           of the pretraining: views, mean and std; where no image is labelled its images
+    loader           of the pretraining: views, mean and std; where no image is labelled, its images
                      are watched for collapse
     sizes            evaluation geometry, see `frame`
     before           the run's metrics so far, where it is resumed
@@ -50,46 +49,44 @@ class HeldOut:
         self, images: Images | None, labels, every: int, loader: Loader, sizes, before=()
     ) -> None:
         self.every, self.loader, self.sizes, self.seconds = every, loader, sizes, 0.0
-        self.start = next((row for row in before if row["step"] == 0), {})
-        self.dimensions, self.told = {}, set()
-        self.labels = None
-        watched = loader.images
+        self.history = [row for row in before if "std/representation" in row]
+        self.dimensions: dict[str, int] = {}
+        self.labels, watched = None, loader.images
         if images is not None and len(images) > 1:
             order, self.queries = held_out_order(len(images))
             order = order[: self.queries + 20000]
             self.images, self.labels = images.subset(order), torch.from_numpy(labels[order])
-            watched = self.images
-        self.watched = watched.subset(np.arange(min(WATCHED, len(watched))))
+            watched = images
+        self.watched = watched.subset(held_out_order(len(watched))[0][:WATCHED])
 
     def due(self, step) -> bool:
         """After the first step, every `every` steps and at the end."""
         last_of_cadence = self.every and (step.index + 1) % self.every == 0
         return bool(self.every) and (step.index == 0 or step.last or last_of_cadence)
 
-    def figures(self, method, processes, first: bool = False) -> dict[str, float]:
+    def figures(self, method, processes, step: int) -> dict[str, float]:
         """knn_top1, online_probe_top1 where a probe is trained (percent), and collapse figures.
 
         The same on all ranks; `seconds` then tells what it took.  After the first step there are
         the collapse figures alone: what later ones are compared with.
         """
         begun = time.perf_counter()
-        found = {} if first or self.labels is None else self._accuracy(method, processes)
+        found = self._accuracy(method, processes) if step and self.labels is not None else {}
         outputs = self._outputs(method, processes)
         self.dimensions = {name: x.shape[2] for name, x in outputs.items()}
         found |= collapse_figures(outputs)
-        if first:
-            self.start = found
+        self.history.append({"step": step, **found})
         self.seconds = time.perf_counter() - begun
         return found
 
-    def alarms(self, step, figures: dict) -> list[str]:
-        """What looks like a collapse, in plain words, each once and not in the first steps."""
-        if step.index < min(GRACE, step.total // 10):
-            return []
-        found = collapse_alarms(figures, self.start, self.dimensions)
-        new = [text for key, text in found.items() if key not in self.told]
-        self.told |= set(found)
-        return new
+    def alarms(self, total: int) -> list[str]:
+        """What looked like a collapse so far, in plain words, each once; not in the first steps."""
+        found: dict[str, str] = {}
+        if self.history and self.history[0]["step"] == 0:
+            late = [row for row in self.history if row["step"] >= min(GRACE, total // 10)]
+            for row in late:
+                found = collapse_alarms(row, self.history[0], self.dimensions) | found
+        return list(found.values())
 
     def _accuracy(self, method, processes) -> dict[str, float]:
         n, loader = self.queries, self.loader
@@ -105,24 +102,20 @@ class HeldOut:
 
     @torch.no_grad()
     def _outputs(self, method, processes, block: int = 256) -> dict[str, Tensor]:
-        """The method's outputs in eval mode on the same views each time: name -> (views, N, D)."""
+        """The method's outputs in eval mode on the same views each time: name -> (views, N, D).
+
+        Each rank computes all of them: they are few.
+        """
         count, rng = len(self.watched), generator(self.loader.seed, WATCH, 0)
         drawn = [draw(v, count, *self.watched.shape, rng) for v in self.loader.views]
-        found: dict[str, Tensor] = {}
-        was_training = method.training
+        was_training, blocks = method.training, []
         method.eval()
-        first, last = (
-            count * r // processes.world_size for r in (processes.rank, processes.rank + 1)
-        )
-        for start in range(first, last, block):
-            rows = slice(start, min(start + block, last))
+        for start in range(0, count, block):
+            rows = slice(start, min(start + block, count))
             pixels = self.watched.gather(np.arange(count)[rows]).to(processes.device)
-            parameters = [{k: v[rows] for k, v in d.items()} for d in drawn]
-            outputs = method(*self.loader.make_views(pixels, parameters))
-            for name in (n for n in NAMES if n in outputs):
-                x = outputs[name].float()
-                if name not in found:
-                    found[name] = x.new_zeros(len(x), count, x.shape[2])
-                found[name][:, rows] = x
+            views = self.loader.make_views(
+                pixels, [{k: v[rows] for k, v in d.items()} for d in drawn]
+            )
+            blocks.append({k: x.float().cpu() for k, x in method(*views).items() if k in NAMES})
         method.train(was_training)
-        return {name: sum_over_ranks(x).cpu() for name, x in found.items()}
+        return {name: torch.cat([b[name] for b in blocks], 1) for name in blocks[0]}

@@ -1,66 +1,57 @@
 """What each protocol is, in one table; every result carries the name of its own."""
 
-from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """images      geometry while learning; measured is always on the evaluation frame
-    features    what the classifier sees
-    solver      what fits it
-    choice      what is chosen, among what, and on which images; never on test images
+class Protocol(NamedTuple):
+    """What is measured is always top-1 on the evaluation frame of images that chose nothing.
+
+    features   what the classifier sees while it learns
+    solver     what fits it
+    chosen     what is chosen, and on which images
     """
 
-    images: str
     features: str
     solver: str
-    choice: str
+    chosen: str
 
 
-FRAME = "evaluation frame"
-FROZEN = "frozen encoder in eval mode, float32, computed once, standardised by the training images"
+CACHED = "frozen encoder in eval mode, float32, computed once, standardised by the training images"
+CROPPED = "frozen encoder in eval mode, float32, on random crops and flips"
+TOGETHER = "crops or shifts, and flips; encoder trained together with a linear layer"
 LOGISTIC = "logistic regression by L-BFGS, free intercept"
-STRENGTH = (
-    "L2 strength among 13 half-decades from 10 to 1e-5, by the loss of 5-fold cross-validation "
-    "inside the training labels (one held-out fifth above 2,000)"
-)
-RECIPE = "nothing here: settings stand in the recipe"
+STRENGTH = "L2 strength, by the loss of cross-validation inside the training labels"
+NOTHING = "nothing; settings stand in the recipe"
+FIFTH = "by top-1 on a held-out fifth of the training labels; then all of them train"
 
 PROTOCOLS = {
-    "pixels": Protocol(FRAME, "raw pixels, at most 32 high", LOGISTIC, "as in features-linear"),
-    "features-linear": Protocol(FRAME, FROZEN, LOGISTIC, STRENGTH),
-    "features-linear-fixed": Protocol(FRAME, FROZEN, LOGISTIC, RECIPE),
-    "features-mlp": Protocol(
-        FRAME, FROZEN, "one hidden layer with batch norm and dropout, AdamW, cosine rate", RECIPE
-    ),
+    "pixels": Protocol("raw pixels, at most 32 high", LOGISTIC, STRENGTH),
+    "pixels-fixed": Protocol("raw pixels, at most 32 high", LOGISTIC, NOTHING),
+    "features-linear": Protocol(CACHED, LOGISTIC, STRENGTH),
+    "features-linear-fixed": Protocol(CACHED, LOGISTIC, NOTHING),
+    "features-mlp": Protocol(CACHED, "one hidden layer with batch norm, AdamW", NOTHING),
     "features-knn": Protocol(
-        FRAME,
         "frozen encoder in eval mode, float32",
         "vote of the 20 nearest by cosine, weighted by exp(cosine / 0.07)",
         "nothing",
     ),
     "augmented-linear": Protocol(
-        "random crop and flip",
-        "frozen encoder in eval mode, float32, computed anew each epoch",
-        "linear layer, SGD with Nesterov momentum .9, cosine rate, no weight decay, 80 epochs",
-        "rate among .4 .3 .2 .1 .05 per 256 images, by top-1 on a held-out fifth of the labels",
+        CROPPED,
+        "linear layer, SGD with Nesterov momentum .9, cosine rate, no weight decay",
+        f"rate per 256 images, {FIFTH}",
     ),
-    "network": Protocol(
-        "crop or shift, and flip", "encoder trained together with a linear layer", "SGD", RECIPE
-    ),
+    "network": Protocol(TOGETHER, "the recipe's optimizer and steps", NOTHING),
     "network-sweep": Protocol(
-        "crop or shift, and flip",
-        "encoder trained together with a linear layer",
-        "SGD",
-        "rate x epochs, by top-1 on a held-out fifth of the training labels",
+        TOGETHER, "the recipe's optimizer", f"rate per 256 images x epochs, {FIFTH}"
     ),
 }
 
 
-def of_features(head: str, strength: float) -> str:
-    """The protocol's name for a head on cached features; `strength` is [linear]'s."""
-    return f"features-{head}" + "-fixed" * (head == "linear" and strength > 0)
+def of_head(head: str, strength: float, features: str = "features") -> str:
+    """The protocol's name for a head on cached features, or pixels; `strength` is [linear]'s."""
+    name = features if features == "pixels" else f"features-{head}"
+    return name + "-fixed" * (head == "linear" and strength > 0)
 
 
 def record(protocol: str, name: str, config, split, top1: float, **more) -> dict:
@@ -89,5 +80,12 @@ def record(protocol: str, name: str, config, split, top1: float, **more) -> dict
 def over_folds(results: list[dict]) -> dict:
     """One result of several that differ in the fold: the mean, and the spread over folds."""
     figures = [r["top1"] for r in results]
-    both = {"top1": round(mean(figures), 4), "top1_std": round(stdev(figures), 4)}
-    return results[0] | both | {"fold": "all", "folds": figures}
+    own = ("fold", "top1", "chosen", "trials", "lr", "steps", "complete")  # each fold's
+    return {k: v for k, v in results[0].items() if k not in own} | {
+        "top1": round(mean(figures), 4),
+        "top1_std": round(stdev(figures), 4),
+        "fold": "all",
+        "folds": figures,
+        "chosen_in_folds": [r.get("chosen", r.get("lr")) for r in results],
+        "seconds": round(sum(r.get("seconds", 0) for r in results), 1),
+    }

@@ -176,8 +176,7 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Top-1 in percent, mean ± standard deviation over label draws.", ""]
     for name in sorted({r["protocol"] for r in rows}):
-        p = PROTOCOLS[name]
-        lines += [f"- {name}: {p.features}; {p.solver}; chosen: {p.choice}"]
+        lines += [f"- {name}: " + "; ".join(PROTOCOLS.get(name, ()))]
     lines += [""]
     if any(c["pretrain_seeds"] == 1 for c in claims):
         lines += [

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -204,11 +206,11 @@ def test_a_sweep_chooses_inside_the_labels_and_then_uses_all_of_them(run, monkey
     seen = []
     original = train_baseline.train
 
-    def watched(config, processes, job, split, trials=()):
+    def watched(config, job, split, watch, trials=()):
         seen.append((config.optim.lr, config.optim.epochs, split))
-        return original(config, processes, job, split, trials)
+        return original(config, job, split, watch, trials)
 
-    monkeypatch.setattr(train_baseline, "train", watched)
+    monkeypatch.setattr(finetune, "train", watched)
     flags = ["--ckpt", str(run), *CPU, "--labels", "50", "--sweep"]
     grid = ["--finetune.sweep-lr", "0", "0.2", "--finetune.sweep-epochs", "1", "8"]
     result = finetune.main([*flags, *grid])
@@ -227,6 +229,116 @@ def test_a_sweep_chooses_inside_the_labels_and_then_uses_all_of_them(run, monkey
     trial = json.loads(next((run / "finetune-sweep-labels50-draw0").rglob("lr0.2*/result.json"))
                        .read_text())  # fmt: skip
     assert (trial["measured_on"], trial["test_images"]) == ("validation", 10)
+
+
+SWEEP = ["--labels", "40", "--sweep", "--finetune.sweep-lr", "0.1", "0.2",
+         "--finetune.sweep-epochs", "2"]  # fmt: skip
+
+
+def test_a_sweep_stopped_at_any_time_goes_on(run, tmp_path, monkeypatch):
+    """SIGTERM in the second trial: saved, exit 75; --resume repeats nothing and ends the same."""
+    whole = finetune.main(["--ckpt", str(run), *CPU, *SWEEP, "--out", str(tmp_path / "whole")])
+    flags = ["--ckpt", str(run), *CPU, *SWEEP, "--out", str(tmp_path / "out")]
+    trained, original = [], train_baseline.Session.steps
+
+    def steps(session):
+        trained.append(session.folder.out.name)
+        for step in original(session):
+            if len(trained) == 2 and step.index == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+    monkeypatch.setattr(train_baseline.Session, "steps", steps)
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(flags)
+    assert stop.value.code == 75 and trained == ["lr0.1-epochs2", "lr0.2-epochs2"]
+    assert not (tmp_path / "out" / "result.json").exists()
+    trained += ["resumed"]
+    again = finetune.main([*flags, "--resume"])
+    assert trained[3:] == ["lr0.2-epochs2", "out"]
+    assert [again[k] for k in ("top1", "trials", "lr")] == [
+        whole[k] for k in ("top1", "trials", "lr")
+    ]
+    assert finetune.main([*flags, "--resume"])["complete"]
+    assert not list((tmp_path / "out" / "sweep").rglob("*.pt"))  # their figures are of use only
+
+
+def test_a_signal_between_two_trials_is_not_lost(run, tmp_path, monkeypatch):
+    original = train_baseline.extract
+
+    def extract(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(train_baseline, "extract", extract)
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(["--ckpt", str(run), *CPU, *SWEEP, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 75 and len(list(tmp_path.rglob("result.json"))) == 1 + 1  # the run's
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(run, tmp_path, capsys):
+    flags = ["--ckpt", str(run), *CPU, "--out", str(tmp_path / "out")]
+    finetune.main([*flags, *SWEEP])
+    with pytest.raises(SystemExit) as stop:
+        finetune.main([*flags, *SWEEP, "--labels", "20", "--resume"])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "--labels 40 -> 20" in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("first, second", [(["--sweep"], []), ([], ["--sweep"]),
+                                           (["--folds"], []), ([], ["--folds"])])  # fmt: skip
+def test_many_runs_in_a_folder_overwrite_nothing_unless_asked(
+    run, folds, recipe, tmp_path, capsys, first, second
+):
+    grid = ["--baseline.sweep-lr", "0.1", "--baseline.sweep-epochs", "1"]
+    flags = [*CPU, "--recipe", recipe, *grid, "--steps", "1", "--out", str(tmp_path / "out")]
+    train_baseline.main([*flags, *first])
+    kept = (tmp_path / "out" / "result.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        train_baseline.main([*flags, *second])
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "result.json").read_bytes() == kept
+    train_baseline.main([*flags, *second, "--overwrite"])
+    (old,) = [p for p in tmp_path.iterdir() if p.name.startswith("out-")]
+    assert (old / "result.json").read_bytes() == kept
+    below = {p.name for p in (tmp_path / "out").iterdir()}
+    assert ("sweep" in below) == ("--sweep" in second) and ("fold3" in below) == (
+        "--folds" in second
+    )
+
+
+def test_nesterov_momentum_reaches_the_optimizer(run, tmp_path):
+    def weights(name, *flags):
+        finetune.main(["--ckpt", str(run), *CPU, *flags, "--out", str(tmp_path / name)])
+        return torch.load(tmp_path / name / "encoder.pt", weights_only=True)["state_dict"]
+
+    plain, nesterov = weights("a", "--no-nesterov"), weights("b", "--nesterov")
+    assert not torch.equal(plain["conv1.weight"], nesterov["conv1.weight"])
+
+
+def test_fine_tuning_without_a_recipe_is_the_papers(run, tmp_path):
+    """App. C.2: SGD with Nesterov momentum .9, no weight decay, crop and flip; rates and epochs."""
+    shutil.copy(run / "encoder.pt", tmp_path)
+    c = finetune.configure(["--ckpt", str(tmp_path / "encoder.pt"), "--dataset", "sample"])
+    assert (c.optim.optimizer, c.optim.nesterov, c.optim.momentum) == ("sgd", True, 0.9)
+    assert c.optim.weight_decay == 0 and c.method.shift == 0
+    assert c.method.sweep_lr == [0.005, 0.01, 0.02, 0.05, 0.1] and c.method.sweep_epochs == [30, 50]
+
+
+def test_pretraining_is_watched_on_train_images(sample, recipe, tmp_path, monkeypatch):
+    given = []
+
+    class Spy(train_byol.HeldOut):
+        def __init__(self, images, labels, *rest):
+            given.append((images, labels))
+            super().__init__(images, labels, *rest)
+
+    monkeypatch.setattr(train_byol, "HeldOut", Spy)
+    flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--quiet", "--steps", "2"]
+    result = train_byol.main(argv=[*flags, "--knn-every", "1", "--online-probe"])
+    assert given == [(sample.train, sample.train_labels)]
+    # a probe trained while the encoder changes is called that, not linear evaluation
+    assert {"knn_top1", "online_probe_top1"} <= set(result) and "top1" not in result
 
 
 @pytest.fixture
@@ -375,6 +487,15 @@ WRONG = {
     "missing run": (linear_eval.main, "--ckpt nowhere", "nowhere"),
     "a folder that is no run": (finetune.main, "--ckpt .", "encoder.pt"),
     "unknown head": (linear_eval.main, "--ckpt . --head tree", "--head"),
+    "folds and labels": (LABELLED, "--folds --labels 20", "leave out --labels"),
+    "folds and a fold": (LABELLED, "--folds --fold 2", "leave out --labels and --fold"),
+    "a file to resume a sweep": (LABELLED, "--sweep --resume tiny.toml", "--resume alone"),
+    "a sweep of too few labels": (
+        LABELLED,
+        "--sweep --labels 20 --batch-size 50",
+        "only 20 training images",
+    ),
+    "a rate of LARS in Adam": (PRETRAIN, "--optimizer adamw --lr 0.45", "adamw wants about 1e-3"),
     "folds of another data set": (LABELLED, "--folds", "--fold 0"),
     "a sweep of one image a class": (LABELLED, "--sweep --labels 10", "one image of a class"),
 }

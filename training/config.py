@@ -282,6 +282,9 @@ def read_config(
     for key, value in flags.items():
         section, name = key.split(".")
         _put(values, sections, section, name, value, _flag(section, name))
+    optim = values.get("optim", {})
+    if optim.get("optimizer") == "adamw" and optim["lr"] > 0.05:
+        raise UserError(f"--lr {optim['lr']:g} is a rate for lars or sgd; adamw wants about 1e-3")
     config = SimpleNamespace(**{s: cls(**values[s]) for s, cls in sections.items()}, **given)
     config.sections, config.flags, config.tables = tuple(sections), flags, tables
     if own in sections:

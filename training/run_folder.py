@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from training.checkpoints import write_atomically
-from training.config import UserError
+from training.config import UserError, differences
 from training.distributed import Processes, sum_over_ranks
 
 SECONDS_A_LINE = 30  # where there is no terminal for a progress bar
@@ -41,6 +41,19 @@ def check_free(out: Path, resume: bool, overwrite: bool) -> None:
             f"--out {out} holds a run: --overwrite renames it away, --resume continues a training; "
             "or choose another --out"
         )
+
+
+def finished(out: Path, config) -> dict | None:
+    """result.json where --resume meets a finished run; UserError where its settings differ."""
+    if not (config.run.resume and (out / "result.json").exists()):
+        return None
+    changed = differences(config, json.loads((out / "config.json").read_text())["config"])
+    if changed:
+        raise UserError(
+            f"--out {out} holds a finished run of other settings ({', '.join(changed)}); "
+            "choose another --out"
+        )
+    return json.loads((out / "result.json").read_text())
 
 
 class RunFolder:

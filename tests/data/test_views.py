@@ -242,6 +242,8 @@ def test_each_image_of_a_batch_gets_its_own_numbers():
         assert len(np.unique(many(View2Config(), count=64)[name])) == 2, name
     boxes = np.stack([drawn[name] for name in ("top", "left", "h", "w")], 1)
     assert len(np.unique(boxes, axis=0)) > 60
+    assert np.ptp(drawn["h"] * drawn["w"]) > 0.6 * 96 * 96
+    assert np.ptp(np.log(drawn["h"] / drawn["w"])) > 0.4
     assert all(len(values) == 64 for values in drawn.values())
 
 

@@ -89,7 +89,12 @@ def test_the_rate_is_the_best_on_held_out_labels_and_then_all_labels_train(monke
     best = max(classifier.trials, key=classifier.trials.get)
     assert list(classifier.trials) == config.rates and classifier.chosen == f"rate {best:g} per 256"
     assert seen == [(36, config.rates), (45, [best])]
-    x = frozen()(everything.images)
+    part, x = everything.hold_out(), frozen()(everything.images)
+    tried = train_layers(frozen(), part.train, config.rates, config, CROP, SEED)
+    for rate, layer in zip(config.rates, tried, strict=True):
+        right = layer(frozen()(part.test.images)).argmax(1).numpy() == part.test.labels
+        assert classifier.trials[rate] == pytest.approx(100 * right.mean())
+    assert len(set(classifier.trials.values())) > 1
     (layer,) = train_layers(frozen(), everything, [best], config, CROP, SEED)
     torch.testing.assert_close(classifier(x), layer(x))
     assert classifier.top1(x, torch.from_numpy(everything.labels)) > 60

@@ -106,6 +106,14 @@ def test_a_rank_that_falls_to_10_of_512_is_told():
     assert collapse_alarms(figures(sphere(300, 512)), figures(start), sizes) == {}
 
 
+def test_what_starts_near_collapse_is_no_alarm():
+    """As random ReLU networks do: a tenth of 1/sqrt(D), and 9 of 512 dimensions, were measured."""
+    start = {"std/representation": 0.1 / math.sqrt(512), "rank/representation": 9.0}
+    sizes = {"representation": 512}
+    assert collapse_alarms(start, start, sizes) == {}
+    assert len(collapse_alarms({k: v / 5 for k, v in start.items()}, start, sizes)) == 2
+
+
 def test_without_figures_of_the_start_nothing_is_told():
     now = collapse_figures({"projection": torch.ones(1, 30, 8) + 1e-9 * sphere(30, 8)})
     assert collapse_alarms(now, {}, {"projection": 8}) == {}
@@ -142,8 +150,18 @@ def test_a_resumed_run_remembers_its_start(sample, recipe, tmp_path, capsys):
     watched(Unprotected, recipe, tmp_path / "run", *flags, "--stop-after", "30")
     capsys.readouterr()
     result = watched(Unprotected, recipe, tmp_path / "run", *flags, "--resume")
-    assert "all images get nearly the same projection" in capsys.readouterr().err
-    assert result["warnings"]
+    whole = watched(Unprotected, recipe, tmp_path / "whole", *flags)
+    assert result["warnings"] == whole["warnings"] and len(whole["warnings"]) > 1
+    told = capsys.readouterr().err
+    assert "all images get nearly the same projection" in told
+
+
+def test_a_run_resumed_after_its_last_step_still_says_it_collapsed(sample, recipe, tmp_path):
+    flags = ["--steps", "60", "--optimizer", "sgd", "--lr", "0.4", "--knn-every", "20", *COLLAPSE]
+    whole = watched(Unprotected, recipe, tmp_path / "run", *flags)
+    (tmp_path / "run" / "result.json").unlink()
+    again = watched(Unprotected, recipe, tmp_path / "run", *flags, "--resume")
+    assert again["warnings"] == whole["warnings"] != []
 
 
 @pytest.mark.slow

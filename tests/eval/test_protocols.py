@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from data.datasets import DataConfig, Labelled, Split
-from eval.protocols import PROTOCOLS, over_folds, record
+from eval.protocols import PROTOCOLS, of_head, over_folds, record
 from training.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,10 @@ def test_an_unknown_protocol_is_no_result():
 
 
 def test_folds_become_their_mean_and_spread():
-    results = [{"name": "x", "fold": f, "top1": 50.0 + f, "seconds": 1} for f in range(10)]
+    results = [dict(name="x", fold=f, top1=50.0 + f, seconds=2, lr=f / 10) for f in range(10)]
     found = over_folds(results)
+    assert found["chosen_in_folds"] == [f / 10 for f in range(10)] and "lr" not in found
+    assert found["seconds"] == 20
     assert found["top1"] == 54.5 and found["top1_std"] == pytest.approx(3.0277, abs=1e-4)
     assert found["fold"] == "all" and found["folds"] == [50.0 + f for f in range(10)]
 
@@ -44,3 +46,11 @@ def test_the_page_on_evaluation_names_every_protocol():
     page = (ROOT / "docs" / "evaluation.md").read_text()
     for name in PROTOCOLS:
         assert f"`{name}`" in page, name
+
+
+def test_a_fixed_strength_is_another_protocol():
+    names = [of_head(h, s) for h in ("linear", "mlp", "knn") for s in (0, 0.1)]
+    names += [of_head("linear", s, "pixels") for s in (0, 0.1)]
+    assert names == ["features-linear", "features-linear-fixed", "features-mlp", "features-mlp",
+                     "features-knn", "features-knn", "pixels", "pixels-fixed"]  # fmt: skip
+    assert set(names) <= set(PROTOCOLS)

@@ -213,6 +213,17 @@ def test_the_steps_of_a_run():
     assert total("--epochs", "3", "--max-steps", "40") == 30
 
 
+@pytest.mark.parametrize("name, epochs, lr, weight_decay, base_tau", [
+    ("stl10", 100, 0.45, 1e-6, 0.99),
+    ("stl10_long", 1000, 0.2, 1.5e-6, 0.996),
+])  # fmt: skip
+def test_a_recipe_has_the_papers_preset_for_its_length(name, epochs, lr, weight_decay, base_tau):
+    """The settings for 1000 epochs in a run of 100 are a known mistake."""
+    c = train_byol.configure(["--recipe", str(ROOT / "recipes" / f"{name}.toml")])
+    assert (c.optim.optimizer, c.optim.epochs, c.optim.warmup_epochs) == ("lars", epochs, 10)
+    assert (c.optim.lr, c.optim.weight_decay, c.byol.base_tau) == (lr, weight_decay, base_tau)
+
+
 @pytest.mark.parametrize("configure", [train_byol.configure, train_baseline.configure])
 def test_stl10_recipe_is_the_bare_command(configure):
     path = ROOT / "recipes" / "stl10.toml"
