@@ -1,7 +1,7 @@
 """Train encoder and classifier together on the labelled images, from a pretrained encoder.
 
 python finetune.py --ckpt runs/byol-sample --labels 100
-python finetune.py --ckpt runs/byol-stl10 --sweep               # rate and epochs as in the paper
+python finetune.py --ckpt runs/byol-stl10 --sweep      # rate and epochs chosen as in the paper
 """
 
 from baseline.baseline import Finetune

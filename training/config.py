@@ -119,7 +119,9 @@ class RunConfig:
         low=0,
         trajectory=False,
     )
-    knn_every: int = option(1000, "steps between k-NN figures (0: never)", low=0, trajectory=False)
+    knn_every: int = option(
+        1000, "steps between k-NN and collapse figures (0: never)", low=0, trajectory=False
+    )
     stop_after: int = option(
         0, "stop after this step, schedules unchanged (0: run all)", low=0, trajectory=False
     )
