@@ -131,10 +131,10 @@ def test_changed_settings_are_an_error_that_lists_them(sample, recipe, tmp_path,
     train(recipe, out, "--stop-after", "4")
     before = {k: v for k, v in tree(out).items() if "lock" not in k}
     capsys.readouterr()
-    refused(recipe, out, "--resume", "--lr", "0.5", "--byol.base-tau", "0.5", "--seed", "1")
+    refused(recipe, out, "--resume", "--lr", "0.01", "--byol.base-tau", "0.5", "--seed", "1")
     text = capsys.readouterr().err
     assert text.count("\n") == 1
-    for words in ("--lr 0.001 -> 0.5", "--byol.base-tau 0.99 -> 0.5", "--seed 0 -> 1"):
+    for words in ("--lr 0.001 -> 0.01", "--byol.base-tau 0.99 -> 0.5", "--seed 0 -> 1"):
         assert words in text
     assert {k: v for k, v in tree(out).items() if "lock" not in k} == before
     # what does not shape the run may change
@@ -144,8 +144,15 @@ def test_changed_settings_are_an_error_that_lists_them(sample, recipe, tmp_path,
 def test_a_finished_run_is_left_alone(whole, recipe, capsys):
     before = tree(whole)
     result = train(recipe, whole, "--resume", method=Dropped)
-    assert result == {"complete": True}
+    assert result.pop("complete") and result == json.loads((whole / "result.json").read_text())
     assert tree(whole) == before
+
+
+def test_a_finished_run_of_other_settings_is_refused(whole, recipe, capsys):
+    before = tree(whole)
+    refused(recipe, whole, "--resume", "--seed", "3")
+    text = capsys.readouterr().err
+    assert "--seed 0 -> 3" in text and text.count("\n") == 1 and tree(whole) == before
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_result_finishes(whole, recipe):
