@@ -129,13 +129,8 @@ class Table:
 
     def add(self, key: tuple, top1: float, seconds: float, protocol: str, images: int) -> None:
         """Keep one cell and print it."""
-        self.cells.add(
-            key,
-            top1=round(top1, 4),
-            seconds=round(seconds, 3),
-            protocol=protocol,
-            test_images=images,
-        )
+        figures = dict(top1=round(top1, 4), seconds=round(seconds, 3), protocol=protocol)
+        self.cells.add(key, **figures, test_images=images)
         name, init, labels, draw, seed = key
         say(
             self.processes,

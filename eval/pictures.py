@@ -23,17 +23,8 @@ def accuracy_picture(rows: list[dict], path: Path, title: str) -> None:
         y, error = [r["top1_mean"] for r in mine], [r["top1_std"] or 0 for r in mine]
         label = f"{name} ({init})" if several and init != "none" else name
         control = name in ("raw-pixels", "random-encoder", "imagenet-features", "baseline")
-        line = axes.errorbar(
-            x,
-            y,
-            error,
-            capsize=3,
-            marker="o",
-            ms=4,
-            lw=1.6,
-            color=f"C{i}",
-            ls="--" if control else "-",
-        )
+        style = dict(capsize=3, marker="o", ms=4, lw=1.6, ls="--" if control else "-")
+        line = axes.errorbar(x, y, error, color=f"C{i}", **style)
         ends.append([y[-1], x[-1], label, line[0].get_color()])
     _spread(ends, gap=(axes.get_ylim()[1] - axes.get_ylim()[0]) / 26)
     right = max(r["labels"] for r in rows)

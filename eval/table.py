@@ -82,20 +82,12 @@ class Cells:
                 continue
             same = [c for c in self.cells.values() if tuple(c[k] for k in KEY[:3]) == key]
             per_draw = values.mean(0)
-            table.append(
-                {
-                    **dict(zip(KEY, key, strict=False)),
-                    "protocol": cell["protocol"],
-                    "top1_mean": round(float(per_draw.mean()), 3),
-                    "top1_std": round(float(per_draw.std(ddof=1)), 3)
-                    if len(per_draw) > 1
-                    else None,
-                    "draws": values.shape[1],
-                    "pretrain_seeds": values.shape[0],
-                    "test_images": cell["test_images"],
-                    "seconds": round(float(np.mean([c["seconds"] for c in same])), 2),
-                }
-            )
+            spread = round(float(per_draw.std(ddof=1)), 3) if len(per_draw) > 1 else None
+            row = dict(zip(KEY, key, strict=False), protocol=cell["protocol"])
+            row |= {"top1_mean": round(float(per_draw.mean()), 3), "top1_std": spread}
+            row |= {"draws": values.shape[1], "pretrain_seeds": values.shape[0]}
+            seconds = round(float(np.mean([c["seconds"] for c in same])), 2)
+            table.append(row | {"test_images": cell["test_images"], "seconds": seconds})
         return table
 
     def claims(self, method: str) -> list[dict]:
@@ -116,18 +108,10 @@ class Cells:
             difference = a - (b if len(a) == len(b) else b.mean(0, keepdims=True))
             mean, half = paired_interval(difference)
             interval = None if half is None else [round(mean - half, 3), round(mean + half, 3)]
-            found.append(
-                {
-                    "claim": f"{ours} - {control}",
-                    "meaning": meaning,
-                    "init": init,
-                    "labels": labels,
-                    "difference": round(mean, 3),
-                    "interval": interval,
-                    "draws": len(both),
-                    "pretrain_seeds": len(a),
-                }
-            )
+            claim = {"claim": f"{ours} - {control}", "meaning": meaning}
+            claim |= {"init": init, "labels": labels, "difference": round(mean, 3)}
+            claim |= {"interval": interval, "draws": len(both), "pretrain_seeds": len(a)}
+            found.append(claim)
         return found
 
 
@@ -157,11 +141,8 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
     """The table as text: one line a row, one column a label budget."""
     budgets = sorted({r["labels"] for r in rows})
     lines = [f"# {title}", "", *notes, ""]
-    lines += [
-        "| row | init | "
-        + " | ".join(f"{b:,} labels" for b in budgets)
-        + " | draws x seeds | seconds | protocol |"
-    ]
+    heads = " | ".join(f"{b:,} labels" for b in budgets)
+    lines += [f"| row | init | {heads} | draws x seeds | seconds | protocol |"]
     lines += ["|---|---|" + "---|" * len(budgets) + "---|---|---|"]
     for name, init in dict.fromkeys((r["name"], r["init"]) for r in rows):
         mine = {r["labels"]: r for r in rows if (r["name"], r["init"]) == (name, init)}
@@ -194,14 +175,7 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
         holds = "not shown"
         if interval and (interval[0] > 0 or interval[1] < 0):
             holds = "yes" if interval[0] > 0 else "no, the opposite"
-        cells = [
-            f"{c['claim']} ({c['meaning']})",
-            c["init"],
-            f"{c['labels']:,}",
-            f"{c['difference']:+.2f}",
-            text,
-            f"{c['draws']} x {c['pretrain_seeds']}",
-            holds,
-        ]
+        cells = [f"{c['claim']} ({c['meaning']})", c["init"], f"{c['labels']:,}"]
+        cells += [f"{c['difference']:+.2f}", text, f"{c['draws']} x {c['pretrain_seeds']}", holds]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
