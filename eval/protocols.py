@@ -81,7 +81,10 @@ def over_folds(results: list[dict]) -> dict:
     """One result of several that differ in the fold: the mean, and the spread over folds."""
     figures = [r["top1"] for r in results]
     own = ("fold", "top1", "chosen", "trials", "lr", "steps", "complete")  # each fold's
-    return {k: v for k, v in results[0].items() if k not in own} | {
+    kinds = [k for k in results[0] if k.endswith("nn")]  # of nearest neighbours
+    return {
+        **{k: v for k, v in results[0].items() if k not in own},
+        **{k: round(mean(r[k] for r in results), 4) for k in kinds},
         "top1": round(mean(figures), 4),
         "top1_std": round(stdev(figures), 4),
         "fold": "all",

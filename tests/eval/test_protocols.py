@@ -34,10 +34,12 @@ def test_an_unknown_protocol_is_no_result():
 
 
 def test_folds_become_their_mean_and_spread():
-    results = [dict(name="x", fold=f, top1=50.0 + f, seconds=2, lr=f / 10) for f in range(10)]
+    results = [
+        dict(name="x", fold=f, top1=50.0 + f, seconds=2, lr=f / 10, cosine_5nn=f) for f in range(10)
+    ]
     found = over_folds(results)
     assert found["chosen_in_folds"] == [f / 10 for f in range(10)] and "lr" not in found
-    assert found["seconds"] == 20
+    assert found["seconds"] == 20 and found["cosine_5nn"] == 4.5
     assert found["top1"] == 54.5 and found["top1_std"] == pytest.approx(3.0277, abs=1e-4)
     assert found["fold"] == "all" and found["folds"] == [50.0 + f for f in range(10)]
 
