@@ -157,7 +157,8 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Top-1 in percent, mean ± standard deviation over label draws.", ""]
     for name in sorted({r["protocol"] for r in rows}):
-        lines += [f"- {name}: " + "; ".join(PROTOCOLS.get(name, ()))]
+        if p := PROTOCOLS.get(name):
+            lines += [f"- {name}: {p.features}; {p.solver}; chosen: {p.chosen}"]
     lines += [""]
     if any(c["pretrain_seeds"] == 1 for c in claims):
         lines += [
