@@ -77,8 +77,7 @@ def run(config, processes: Processes) -> dict:
     mean, std = config.weights.normalisation(splits[0].train.images)
     sizes = datasets.evaluation_sizes(config.data, splits[0].train.images.shape)
     frozen = FrozenEncoder(encoder, mean, std, sizes, processes)
-    name = of_head(config.head, config.linear.strength)
-    name = "augmented-linear" if config.protocol == "augmented" else name
+    name = of_head(config.head, config.linear.strength, config.protocol)
     say(
         processes,
         f"{name} on frozen {e.arch} (stem {e.stem}, width {e.width:g}) of "

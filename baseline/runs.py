@@ -47,9 +47,11 @@ def train_all(config, job: Job, train: Callable) -> dict:
         say(job.processes, f"{out} is complete; nothing to do")
         return result | {"complete": True}
     data = datasets.load(config.data)
-    every = [(own, data.evaluation(own)) for own in datasets.each_fold(config.data, config.folds)]
-    held = [split.train.hold_out() if config.sweep else None for _, split in every]
-    fewest, batch = min(len(split.train) for _, split in every), config.optim.batch_size
+    every = []
+    for own in datasets.each_fold(config.data, config.folds):
+        split = data.evaluation(own)
+        every.append((own, split, split.train.hold_out() if config.sweep else None))
+    fewest, batch = min(len(split.train) for _, split, _ in every), config.optim.batch_size
     if batch > fewest:
         raise UserError(f"--batch-size {batch}: there are only {fewest} training images")
     if config.sweep or config.folds:  # many runs in one folder, each of which can go on
@@ -61,7 +63,7 @@ def train_all(config, job: Job, train: Callable) -> dict:
         run = dataclasses.replace(run, resume="auto", overwrite=False)
     results = []
     with Watch(job.processes, run.check_every) as watch:
-        for (own, split), part in zip(every, held, strict=True):
+        for own, split, part in every:
             folder, trials = (out / f"fold{own.fold}" if config.folds else out), []
             now = with_(config, data=own, run=dataclasses.replace(run, out=str(folder)))
             if config.sweep:

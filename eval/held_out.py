@@ -80,12 +80,16 @@ class HeldOut:
         return found
 
     def alarms(self, total: int) -> list[str]:
-        """What looked like a collapse so far, in plain words, each once; not in the first steps."""
+        """What looked like a collapse so far, in plain words, each once and in the order of time.
+
+        Nothing of the first steps counts.
+        """
         found: dict[str, str] = {}
         if self.history and self.history[0]["step"] == 0:
             late = [row for row in self.history if row["step"] >= min(GRACE, total // 10)]
             for row in late:
-                found = collapse_alarms(row, self.history[0], self.dimensions) | found
+                new = collapse_alarms(row, self.history[0], self.dimensions)
+                found = found | new | found  # in the order of time, with their first words
         return list(found.values())
 
     def _accuracy(self, method, processes) -> dict[str, float]:

@@ -49,9 +49,13 @@ PROTOCOLS = {
 
 
 def of_head(head: str, strength: float, features: str = "features") -> str:
-    """The protocol's name for a head on cached features, or pixels; `strength` is [linear]'s."""
-    name = features if features == "pixels" else f"features-{head}"
-    return name + "-fixed" * (head == "linear" and strength > 0)
+    """The protocol's name; `features` are cached features, augmented or pixels.
+
+    strength   [linear]'s, 0 where it is chosen
+    """
+    name = features if features == "pixels" else f"{features}-{head}"
+    chosen_here = head == "linear" and features != "augmented"  # the strength, unless it is fixed
+    return name + "-fixed" * (chosen_here and strength > 0)
 
 
 def record(protocol: str, name: str, config, split, top1: float, **more) -> dict:

@@ -117,5 +117,5 @@ def test_two_processes_train_the_same_layer(tmp_path):
     forked.run(work, tmp_path / "layer", ranks=2)
     (one,) = train_layers(frozen(), labelled(), [2.0], config, CROP, SEED)
     for rank in range(2):
-        found = torch.load(tmp_path / f"layer-{rank}")
+        found = torch.load(tmp_path / f"layer-{rank}", weights_only=True)
         torch.testing.assert_close(found["weight"], one.weight.detach(), atol=1e-6, rtol=1e-4)

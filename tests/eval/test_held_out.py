@@ -109,6 +109,18 @@ def test_without_labels_the_watched_images_come_from_the_whole_set():
     assert len(set(index)) == 2048 and index.min() < 100 and index.max() > 4900
 
 
+def test_alarms_come_in_the_order_of_time_each_once():
+    """The script prints what is new: the ones after those it has told already."""
+    watch = held_out()
+    watch.dimensions = {"representation": 100, "projection": 100}
+    row = {f"{k}/{n}": 50.0 for k in ("std", "rank") for n in watch.dimensions}
+    watch.history = [row | {"step": 0}, row | {"step": 20, "std/projection": 1.0}]
+    (first,) = watch.alarms(100)
+    watch.history.append(watch.history[1] | {"step": 30, "rank/representation": 1.0})
+    again, second = watch.alarms(100)
+    assert again == first and "projection" in first and "representation uses 1 of" in second
+
+
 def test_figures_that_are_not_finite_stop_nothing():
     """The loop's own check says what happened and at which step."""
     byol = method()
@@ -144,5 +156,5 @@ def test_all_processes_find_the_same_as_one(tmp_path, ranks=2):
     forked.run(work, tmp_path / "figures", ranks=ranks)
     expected = held_out().figures(method(), SINGLE, 9)
     for rank in range(ranks):
-        found = torch.load(tmp_path / f"figures-{rank}")
+        found = torch.load(tmp_path / f"figures-{rank}", weights_only=True)
         assert found == pytest.approx(expected, rel=1e-3)

@@ -53,6 +53,7 @@ def test_the_page_on_evaluation_names_every_protocol():
 def test_a_fixed_strength_is_another_protocol():
     names = [of_head(h, s) for h in ("linear", "mlp", "knn") for s in (0, 0.1)]
     names += [of_head("linear", s, "pixels") for s in (0, 0.1)]
+    assert {of_head("linear", s, "augmented") for s in (0, 0.1)} == {"augmented-linear"}
     assert names == ["features-linear", "features-linear-fixed", "features-mlp", "features-mlp",
                      "features-knn", "features-knn", "pixels", "pixels-fixed"]  # fmt: skip
     assert set(names) <= set(PROTOCOLS)
