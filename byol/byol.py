@@ -41,11 +41,13 @@ class BYOL(Method):
         )
         hidden: int = option(4096, "hidden size of projector and predictor", low=1)
         projection: int = option(256, "output size of projector and predictor", low=1)
+        predictor: bool = option(True, "without one the networks collapse (Table 5b)")
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(encoder, config)
         self.projector = mlp(encoder.feature_size, config.hidden, config.projection)
-        self.predictor = mlp(config.projection, config.hidden, config.projection)
+        head = config.projection, config.hidden, config.projection
+        self.predictor = mlp(*head) if config.predictor else nn.Identity()
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
