@@ -9,7 +9,6 @@ table reports take the place of the test images.
 
 import dataclasses
 import functools
-import json
 import platform
 import shlex
 import sys
@@ -40,7 +39,7 @@ from training.config import (
     read_config,
     spell,
 )
-from training.run_folder import git_commit, read_metrics, say, write_json
+from training.run_folder import git_commit, read_json, read_metrics, say, write_json
 from training.stopping import STOPPED
 from training.weights import imagenet_weights, initialise, read_weights
 
@@ -147,7 +146,7 @@ def same_settings(path: Path, config) -> None:
             k: v for k, v in config.flags.items() if not k.startswith(("run.", "reproduce."))
         },
     }
-    if path.exists() and json.loads(path.read_text()) != settings:
+    if path.exists() and read_json(path) != settings:
         raise UserError(
             f"--out {path.parent} holds a table of another recipe or other flags; "
             "choose another --out"
@@ -279,8 +278,8 @@ def report(table: Table, rows, claims, folders: list[Path]) -> None:
     from eval.pictures import accuracy_picture, curves_picture  # matplotlib is slow to import
 
     c, out, p = table.config, table.out, table.processes
-    costs = [json.loads((f / "result.json").read_text())["seconds"] for f in folders]
-    threads = json.loads((folders[0] / "config.json").read_text())["threads"]
+    costs = [read_json(f / "result.json")["seconds"] for f in folders]
+    threads = read_json(folders[0] / "config.json")["threads"]
     notes = [
         f"{c.data.dataset}: measured on {rows[0]['test_images']:,} {c.data.evaluate_on} images. "
         f"Pretraining took {sum(costs) / len(costs):.0f} s a seed on {p.world_size} x "

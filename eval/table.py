@@ -39,9 +39,9 @@ class Cells:
         for line in text.splitlines():
             try:
                 cell = json.loads(line)
-            except json.JSONDecodeError:  # cut short by a crash: measured again
+                self.cells[tuple(cell[k] for k in KEY)] = cell
+            except (ValueError, KeyError, TypeError):  # cut short by a crash: measured again
                 continue
-            self.cells[tuple(cell[k] for k in KEY)] = cell
 
     def __contains__(self, key: tuple) -> bool:
         return key in self.cells

@@ -7,18 +7,24 @@ temporary name, flushed to the disk, renamed, and read back before an older one 
 import hashlib
 import io
 import os
+import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from training.config import UserError, differences
+from training.config import RunError, UserError, differences
 
 SCHEMA = 1
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """All of `data` under its name, or nothing: a temporary file, flushed, then renamed."""
+    """All of `data` under its name, or nothing: a temporary file, flushed, then renamed.
+
+    RunError with the bytes needed and free where it can't be written; the old file stays.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -26,6 +32,13 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise RunError(
+            f"{path}: {error.strerror} ({len(data):,} bytes needed, {free:,} free); what was saved "
+            "before is intact: make room and go on with --resume"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -48,9 +61,19 @@ def save_file(path: Path, state: dict, checksum: bool = False) -> str:
     return digest
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Temporary files of a killed process."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def load_file(path: Path, flag: str) -> dict:
     """What `save_file` wrote, on the CPU; UserError for anything else.  Never runs pickled code."""
     try:
+        if zipfile.is_zipfile(path):  # torch.load doesn't look at the checksums inside
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise ValueError(f"its part {bad} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}") from None
@@ -94,8 +117,7 @@ class Checkpoints:
 
         Each one passed over is named with the reason; UserError where all are bad.
         """
-        for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
         found = self.list()
         for path in reversed(found):
             reason = rejected(path)
@@ -129,10 +151,28 @@ def training_state(method, optimizer, precision) -> dict:
     }
 
 
+def check_fits(own: dict[str, Tensor], state: dict, source: str, what: str) -> None:
+    """UserError with the first names unless `state` has exactly the tensors of `own`, finite."""
+    problems = [f"{k} is missing" for k in own if k not in state]
+    problems += [f"{k} is unknown" for k in state if k not in own]
+    for k in [k for k in own if k in state]:
+        if not isinstance(state[k], Tensor):
+            problems.append(f"{k} is no tensor")
+        elif state[k].shape != own[k].shape:
+            problems.append(f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{source} does not fit {what}: " + "; ".join(problems[:3]) + more)
+    for k, v in state.items():
+        if not torch.isfinite(v).all():
+            raise UserError(f"{source}: {k} is not finite; take an earlier checkpoint")
+
+
 def resume_state(checkpoints: Checkpoints, resume: str, config, method, facts: dict) -> dict | None:
     """The checkpoint that --resume names, checked against the settings; None for a fresh start.
 
     facts   what must be as it was without being a setting: number of images, actual precision
+    With --override, state["changed"] lists what differs.
     """
     if not resume:
         return None
@@ -147,18 +187,33 @@ def resume_state(checkpoints: Checkpoints, resume: str, config, method, facts: d
         return None
     if not isinstance(state, dict) or state.get("kind") != method.name:
         raise UserError(f"--resume {resume}: not a checkpoint of {method.name}")
+    if state["schema"] != SCHEMA:
+        raise UserError(
+            f"--resume {resume}: its format is {state['schema']}, this code reads {SCHEMA}; "
+            "go on with the commit that its config.json names"
+        )
     changed = differences(config, state["config"])
     changed += [
         f"{k} {state['facts'][k]} -> {v}" for k, v in facts.items() if state["facts"][k] != v
     ]
-    if changed:
-        raise UserError("--resume: these differ from the run's: " + ", ".join(changed))
-    return state
+    if changed and not config.run.override:
+        text = ", ".join(changed)
+        raise UserError(f"--resume: these differ from the run's: {text} (--override allows it)")
+    return state | {"changed": changed}
 
 
 def restore(state: dict, method, optimizer, precision) -> int:
-    """Load a training state into its parts; returns the number of steps done."""
+    """Load a training state into its parts; returns the number of steps done.
+
+    UserError, and nothing is changed, where the networks are others.  With --override the new
+    settings hold, and another optimizer starts without a past.
+    """
+    check_fits(method.state_dict(), state["model"], "--resume: its network", "these settings")
     method.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    if not any(text.startswith("--optimizer ") for text in state["changed"]):
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)  # load_state_dict takes the saved ones
     precision.load_state_dict(state["scaler"])
     return state["step"]

@@ -36,6 +36,10 @@ class UserError(Exception):
     """Wrong input: one line that names the flag, file or value and what to do next."""
 
 
+class RunError(Exception):
+    """A run that can't go on: one line with the reason, where it stands and what to do next."""
+
+
 def option(default, help: str, *, low=None, high=None, choices=None, trajectory=True):
     """A dataclass field with its help text, its range or choices, and whether it shapes the run.
 
@@ -92,8 +96,11 @@ class RunConfig:
 
     out: str = option("", "run folder (default runs/METHOD-DATASET)", trajectory=False)
     resume: str = option("", "continue: auto (newest valid in --out) or a file", trajectory=False)
+    override: bool = option(
+        False, "resume although settings that shape the result have changed", trajectory=False
+    )
     overwrite: bool = option(False, "rename an existing run folder away", trajectory=False)
-    seed: int = option(0, "seed of initialisation, order and augmentation", low=0)
+    seed: int = option(0, "seed of initialisation, order and augmentation", low=0, high=2**63 - 1)
     device: str = option(
         "auto", "where to compute", choices=("auto", "cpu", "cuda"), trajectory=False
     )
@@ -106,7 +113,7 @@ class RunConfig:
     )
     compile: bool = option(False, "torch.compile the network")
     threads: int = option(
-        0, "CPU threads of a process (0: cores / processes)", low=0, trajectory=False
+        0, "CPU threads of a process (0: cores / processes)", low=0, high=1024, trajectory=False
     )
     log_every: int = option(20, "steps between log lines", low=1, trajectory=False)
     save_every: int = option(
@@ -302,7 +309,8 @@ def spell(flags: dict, hide: tuple = ()) -> list[str]:
         if name in hide:
             continue
         if isinstance(value, bool):
-            words.append(_flag(section, name if value else f"no_{name}"))
+            flag = _flag(section, name)
+            words.append(flag if value else f"--no-{flag[2:]}")
         else:
             values = value if isinstance(value, list) else [value]
             words += [_flag(section, name), *map(str, values)]

@@ -5,9 +5,11 @@ Everything that depends on CUDA or on the number of processes is in this file.
 """
 
 import contextlib
+import ctypes
 import datetime
 import inspect
 import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.batchnorm import convert_batch_norm
-from training.config import UserError
+from training.config import RunError, UserError
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")
@@ -49,6 +51,16 @@ def pick_device(device: str) -> str:
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def launched() -> bool:
+    """Whether a launcher started this process; variables left over in the environment do not."""
+    return all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", *LAUNCHER))
+
+
+def restarted() -> bool:
+    """Whether the launcher starts this process again after a failure (its --max-restarts)."""
+    return launched() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
     """Replace this process by torchrun where --gpus asks for more than the launcher gave.
 
@@ -56,8 +68,7 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
     real launcher counts: rank variables left over in the environment do not.
     """
     device = pick_device(device)
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
-    given = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched else 1
+    given = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
     if device == "cuda" and gpus > torch.cuda.device_count():
         raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
     if gpus in (1, given):
@@ -66,12 +77,21 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
         raise UserError(f"--gpus {gpus}: the launcher started {given}; leave out one of the two")
     sys.stdout.flush()
     environment = {k: v for k, v in os.environ.items() if not _from_launcher(k)}
-    environment[RELAUNCHED] = "1"
+    environment[RELAUNCHED] = str(os.getpid())
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name] if spec else [sys.argv[0]]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={gpus}", *program, *argv]
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it means "save" to us, death to a launcher
     os.execve(sys.executable, command, environment)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when its launcher dies: no orphan keeps a GPU (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.environ.get(RELAUNCHED, str(os.getppid())) != str(os.getppid()):
+            raise RunError("the launcher has died")  # before the kernel was asked
 
 
 def _from_launcher(name: str) -> bool:
@@ -81,10 +101,11 @@ def _from_launcher(name: str) -> bool:
 
 def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
     """Join the launcher's process group, if there is one, and set device and thread count."""
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
-    local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0
-    local_size = int(os.environ["LOCAL_WORLD_SIZE"]) if launched else 1
-    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    local_rank = int(os.environ["LOCAL_RANK"]) if launched() else 0
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+    world_size = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    if launched():
+        end_with_parent()
     usable = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(usable(0)) if usable else os.cpu_count()
     torch.set_num_threads(threads or max(1, cores // local_size))

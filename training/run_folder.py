@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from training.checkpoints import write_atomically
+from training.checkpoints import remove_leftovers, write_atomically
 from training.config import UserError, differences
 from training.distributed import Processes, sum_over_ranks
 
@@ -34,8 +34,11 @@ def warn(processes: Processes, text: str) -> None:
 
 def check_free(out: Path, resume: bool, overwrite: bool) -> None:
     """UserError where `out` holds another run, or can't be a folder; before any work starts."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file is in its place")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {out}: a file is in its place ({there})")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {there} can't be written to; choose another --out")
     if (out / "config.json").exists() and not (resume or overwrite):
         raise UserError(
             f"--out {out} holds a run: --overwrite renames it away, --resume continues a training; "
@@ -47,13 +50,15 @@ def finished(out: Path, config) -> dict | None:
     """result.json where --resume meets a finished run; UserError where its settings differ."""
     if not (config.run.resume and (out / "result.json").exists()):
         return None
-    changed = differences(config, json.loads((out / "config.json").read_text())["config"])
+    changed = differences(config, read_json(out / "config.json").get("config", {}))
+    if changed and config.run.override:
+        return None
     if changed:
         raise UserError(
             f"--out {out} holds a finished run of other settings ({', '.join(changed)}); "
-            "choose another --out"
+            "choose another --out, or --override to train on"
         )
-    return json.loads((out / "result.json").read_text())
+    return read_json(out / "result.json")
 
 
 class RunFolder:
@@ -76,9 +81,23 @@ class RunFolder:
             out.rename(out.with_name(f"{out.name}-{stamp}"))
         out.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        remove_leftovers(out)
         if not (resume and (out / "config.json").exists()):
-            facts = {"config": config, "command": sys.argv, **_provenance()}
-            write_json(out / "config.json", facts)
+            self._write_config(config)
+
+    def rewrite(self, config: dict, done: int) -> None:
+        """Other settings from step `done` on: the old config.json and result.json are kept."""
+        if not self.processes.main:
+            return
+        for name in ("config", "result"):
+            old, kept = self.out / f"{name}.json", self.out / f"{name}-until-{done}.json"
+            if old.exists() and not kept.exists():
+                old.replace(kept)
+        self._write_config(config)
+
+    def _write_config(self, config: dict) -> None:
+        facts = {"config": config, "command": sys.argv, **_provenance()}
+        write_json(self.out / "config.json", facts)
 
     def _take_lock(self) -> None:
         """One run a folder.  The kernel drops the lock with its holder, so none is ever stale."""
@@ -101,7 +120,7 @@ class RunFolder:
         kept = [row for row in read_metrics(path) if row["step"] < start]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+            write_atomically(path, text.encode())
         self.metrics = open(path, "a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -177,12 +196,23 @@ class RunFolder:
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append({"step": json.loads(line)["step"]} | json.loads(line))
+        except (ValueError, KeyError, TypeError):
             break
     return rows
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; UserError where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); is it damaged?") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object; is it damaged?")
+    return found
 
 
 def write_json(path: Path, value) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from training import distributed
 from training.checkpoints import Checkpoints, restore, resume_state, training_state
-from training.config import as_dict
+from training.config import UserError, as_dict
 from training.loop import Step, train_steps
 from training.optimizers import build_optimizer
 from training.precision import Precision, pick_precision
-from training.run_folder import RunFolder, git_commit
+from training.run_folder import RunFolder, git_commit, warn
 from training.schedules import peak_rate, warmup_steps
 from training.stopping import Watch
 
@@ -52,11 +52,29 @@ class Session:
         try:
             state = resume_state(self.checkpoints, run.resume, config, method, self.facts)
             if state:
-                self.done = restore(state, method, self.optimizer, self.precision)
-                self.before = state["seconds"]
-        except BaseException:
+                self._go_on(state)
+        except BaseException as error:
             self.folder.close()  # or this process would hold the lock for as long as it lives
+            if isinstance(error, KeyError | ValueError | TypeError | AttributeError | RuntimeError):
+                text = f"{type(error).__name__}: {str(error)[:80]}"
+                raise UserError(f"--resume: not a training state of this code ({text})") from error
             raise
+
+    def _go_on(self, state: dict) -> None:
+        """Take over the state of a checkpoint."""
+        if state["step"] > self.total:
+            raise UserError(f"--resume: {state['step']} steps are done, more than {self.total}")
+        self.done = restore(state, self.method, self.optimizer, self.precision)
+        self.before = float(state["seconds"])
+        if state["changed"]:
+            warn(self.processes, f"--override: {', '.join(state['changed'])}")
+            self.folder.rewrite(as_dict(self.config), self.done)
+        if state["processes"] != self.processes.world_size:
+            warn(
+                self.processes,
+                f"going on with {self.processes.world_size} processes after {state['processes']}: "
+                "the same images and views, sums rounded in another order",
+            )
 
     @property
     def finished(self) -> bool:
@@ -116,7 +134,8 @@ class Session:
         if self.processes.main:
             state = training_state(self.method, self.optimizer, self.precision)
             state |= {"config": as_dict(self.config), "meta": self.meta, "facts": self.facts}
-            self.checkpoints.save(self.done, state | {"seconds": self.seconds})
+            state |= {"seconds": self.seconds, "processes": self.processes.world_size}
+            self.checkpoints.save(self.done, state)
 
     def share_buffers(self) -> None:
         """Before evaluating and saving: with local batch norm, rank 0's buffers for all."""

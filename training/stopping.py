@@ -10,13 +10,11 @@ import signal
 import torch
 from torch import nn
 
+from training.config import RunError
 from training.distributed import Processes, sum_over_ranks
 
 STOPPED = 75  # exit code (EX_TEMPFAIL): saved on request, go on with --resume
-
-
-class NonFinite(Exception):
-    """The loss or the weights are not finite any more."""
+SKIPS = 50  # steps in a row that the gradient scaler may skip; it has halved its scale as often
 
 
 class Watch:
@@ -31,6 +29,7 @@ class Watch:
         self.flags = torch.zeros(3, device=processes.device)  # stop, save, not finite
         self.asked_stop = self.asked_save = False
         self.stop = self.save = False
+        self.skipped = 0
 
     def __enter__(self) -> "Watch":
         def stop(number, frame):
@@ -50,21 +49,25 @@ class Watch:
             signal.signal(number, handler)
 
     def look(self, step, model: nn.Module, saving: bool = False) -> None:
-        """Read the flags where it is time to, or before a save; raises NonFinite on all ranks."""
+        """Read the flags where it is time to, or before a save; RunError on all ranks alike."""
+        self.skipped = 0 if step.applied else self.skipped + 1
         if step.applied:
             self.flags[2] += ~torch.isfinite(step.loss)
+        elif self.skipped > SKIPS:
+            self.flags[2] += 1
         if not (saving or step.last or step.index % self.every == 0):
             return
-        if saving or step.last:
-            norms = torch._foreach_norm([p for p in model.parameters()])
-            self.flags[2] += ~torch.isfinite(torch.stack(norms).sum())
         self.flags[0], self.flags[1] = float(self.asked_stop), float(self.asked_save)
         stop, save, bad = sum_over_ranks(self.flags.clone()).tolist()
-        if bad:
-            raise NonFinite(
-                f"not finite at step {step.index}: lower --lr, or --precision fp32; "
-                "the newest checkpoint is from before"
-            )
         self.stop, self.save = stop > 0, save > 0
         if self.save:
             self.asked_save = False
+        if saving or step.last or self.stop or self.save:  # weights are not looked at otherwise
+            values = [v for v in model.state_dict().values() if v.is_floating_point()]
+            largest = torch.stack(torch._foreach_norm(values, float("inf")))
+            bad += sum_over_ranks((~torch.isfinite(largest)).sum()).item()
+        if bad:
+            raise RunError(
+                f"loss or weights are not finite at step {step.index}: lower --lr, or --precision "
+                "fp32; the newest checkpoint is from before"
+            )

@@ -1,14 +1,14 @@
 """Encoder weights in and out: `encoder.pt`, run folders, checkpoints, other people's files."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from training.checkpoints import load_file, save_file
+from training.checkpoints import check_fits, load_file, save_file
 from training.config import UserError, read_config
+from training.run_folder import read_json
 
 PREFIXES = ("module.", "_orig_mod.", "method.")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -72,28 +72,32 @@ def read_weights(path: str | Path, flag: str = "--ckpt") -> Weights:
         if not (path / "encoder.pt").exists():
             raise UserError(f"{flag} {path}: no encoder.pt in it; is the run finished?")
         path = path / "encoder.pt"
-    loaded = load_file(path, flag)
-    if not isinstance(loaded, dict):
-        raise UserError(f"{flag} {path}: not a state dict")
-    if isinstance(loaded.get("encoder"), dict):  # a classifier.pt
-        loaded = {"state_dict": loaded["encoder"], "meta": loaded.get("meta", {})}
-    folder = path.parent.parent if "model" in loaded else path.parent
-    meta = loaded.get("meta", {})
-    if "model" in loaded:  # a training checkpoint
-        model = strip(loaded["model"])
-        state = {
-            k.removeprefix("encoder."): v for k, v in model.items() if k.startswith("encoder.")
-        }
-    else:
-        state = strip(loaded.get("state_dict", loaded))
-    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+    try:
+        state, meta, training = _encoder_of(load_file(path, flag))
+        folder = path.parent.parent if training else path.parent
+        config = folder / "config.json"
+        saved = read_json(config).get("config", {}) if config.exists() else {}
+        weights = Weights(strip(state), dict(meta), dict(saved), folder)
+        weights.tables()
+        fits = all(isinstance(v, Tensor) for v in weights.state_dict.values())
+        shapes = [torch.tensor(meta[k]).shape for k in ("mean", "std") if k in meta]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        fits = False
+    if not fits or not state or any(shape != (3,) for shape in shapes):
         raise UserError(f"{flag} {path}: holds no weights of an encoder")
-    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if bad:
-        raise UserError(f"{flag} {path}: {bad[0]} is not finite; take an earlier checkpoint")
-    config = folder / "config.json"
-    saved = json.loads(config.read_text())["config"] if config.exists() else {}
-    return Weights(state, meta, saved, folder)
+    return weights
+
+
+def _encoder_of(loaded: dict) -> tuple[dict, dict, bool]:
+    """(state dict, meta, whether it is a training checkpoint) of what was in a file."""
+    meta = loaded.get("meta", {})
+    if "model" in loaded:
+        model, prefix = strip(loaded["model"]), "encoder."
+        state = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
+        return state, meta, True
+    if isinstance(loaded.get("encoder"), dict):  # a classifier.pt
+        return loaded["encoder"], meta, False
+    return loaded.get("state_dict", loaded), meta, False
 
 
 def read_ckpt_config(argv: list[str], sections: dict[str, type], *, extra=(), **keywords):
@@ -128,19 +132,7 @@ def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> N
     A classifier's last layer (fc.*) is left out: the encoder has none.
     """
     state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    own = encoder.state_dict()
-    problems = [f"{k} is missing" for k in own if k not in state]
-    problems += [f"{k} is unknown" for k in state if k not in own]
-    problems += [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"{source} does not fit --arch, --stem, --width: " + "; ".join(problems[:3]) + more
-        )
+    check_fits(encoder.state_dict(), state, source, "--arch, --stem, --width")
     encoder.load_state_dict(state)
 
 

@@ -108,13 +108,13 @@ def launched(monkeypatch, size: int, **more) -> None:
 ARGUMENTS = ["--gpus", "3", "--out", "a b", "--lr=0.1"]
 
 
-def test_plain_python_becomes_torchrun_with_the_same_arguments(exec_):
+def test_L1_plain_python_becomes_torchrun_with_the_same_arguments(exec_):
     relaunch_if_needed(3, "cpu", ARGUMENTS)
     path, command, environment = exec_[0]
     assert path == sys.executable
     assert command == [sys.executable, "-m", "torch.distributed.run", "--standalone",
                        "--nproc-per-node=3", "some folder/train_byol.py", *ARGUMENTS]  # fmt: skip
-    assert environment[RELAUNCHED] == "1"
+    assert environment[RELAUNCHED] == str(os.getpid())
     assert environment["PATH"] == os.environ["PATH"]
 
 
@@ -124,7 +124,7 @@ def test_a_module_is_started_again_as_a_module(exec_, monkeypatch):
     assert exec_[0][1][4:8] == ["--nproc-per-node=3", "-m", "variants.simsiam", "--gpus"]
 
 
-def test_torchrun_with_one_worker_becomes_torchrun_with_more(exec_, monkeypatch):
+def test_L1_torchrun_with_one_worker_becomes_torchrun_with_more(exec_, monkeypatch):
     launched(monkeypatch, 1, PET_NPROC_PER_NODE="1", GROUP_RANK="0", ROLE_NAME="default",
              TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_ERROR_FILE="/x/error.json",
              MASTERPIECE="kept")  # fmt: skip
@@ -148,7 +148,7 @@ def test_one_process_needs_no_launcher(exec_):
     assert exec_ == []
 
 
-def test_left_over_variables_are_no_launcher(exec_, monkeypatch):
+def test_L4_left_over_variables_are_no_launcher(exec_, monkeypatch):
     """A shell that once exported them: plain python --gpus 2 still starts two."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
@@ -158,21 +158,21 @@ def test_left_over_variables_are_no_launcher(exec_, monkeypatch):
     assert (processes.rank, processes.world_size) == (0, 1)
 
 
-def test_two_numbers_that_contradict_each_other(exec_, monkeypatch):
+def test_L2_two_numbers_that_contradict_each_other(exec_, monkeypatch):
     launched(monkeypatch, 2)
     with pytest.raises(UserError, match="--gpus 4: the launcher started 2"):
         relaunch_if_needed(4, "cpu", ARGUMENTS)
     assert exec_ == []
 
 
-def test_it_does_not_start_itself_for_ever(exec_, monkeypatch):
+def test_L2_it_does_not_start_itself_for_ever(exec_, monkeypatch):
     monkeypatch.setenv(RELAUNCHED, "1")
     with pytest.raises(UserError, match="--gpus 4"):
         relaunch_if_needed(4, "cpu", ARGUMENTS)
     assert exec_ == []
 
 
-def test_more_gpus_than_there_are(exec_, monkeypatch):
+def test_L3_more_gpus_than_there_are(exec_, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="--gpus 3: this machine has 2"):

@@ -119,7 +119,7 @@ class Overflow(Toy):
         return loss * (1e38 if len(self.seen) == 3 else 1), logs
 
 
-def test_a_skipped_step_changes_nothing_but_the_index():
+def test_N4_a_skipped_step_changes_nothing_but_the_index():
     method, precision = toy(Overflow), Precision("fp16", CPU)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=16)  # 65536 overflows at first
     weight, optimizer = method.encoder.linear.weight, sgd(method)

@@ -43,7 +43,7 @@ def stepped(precision, gradient: float) -> bool:
     return applied
 
 
-def test_the_scaler_goes_on_from_its_state():
+def test_R19_the_scaler_goes_on_from_its_state():
     precision = Precision("fp16", CPU)
     assert not stepped(precision, 1e38) and stepped(precision, 1e-3)
     again = Precision("fp16", CPU)
@@ -59,7 +59,7 @@ def test_growth_of_the_scale_is_not_a_skip():
     assert precision.scaler.get_scale() == 16
 
 
-def test_a_state_without_scaler_leaves_it_as_it_starts():
+def test_R19_a_state_without_scaler_leaves_it_as_it_starts():
     assert Precision("fp32", CPU).state_dict() == {}
     precision = Precision("fp16", CPU)
     precision.load_state_dict({})

@@ -11,10 +11,11 @@ from conftest import metrics, state_of, trained
 from torch import nn
 
 import data.sample
-import train_baseline
 import train_byol
 from byol.byol import BYOL
 from data.images import Images
+from data.loader import Loader
+from training.checkpoints import save_file
 
 FLAGS = ["--save-every", "4", "--quiet"]
 
@@ -37,12 +38,23 @@ def whole(sample, recipe, tmp_path):
     return tmp_path / "whole"
 
 
-@pytest.mark.parametrize("stop", [1, 2, 5, 6, 9])
-def test_stop_and_resume_is_exact(whole, recipe, tmp_path, stop):
+def ended(out) -> None:
+    """As if the run had been killed between its last checkpoint and its result."""
+    for name in ("result.json", "encoder.pt", "classifier.pt"):
+        (out / name).unlink(missing_ok=True)
+
+
+# first, second, middle, last of an epoch, first of the next, last of the run
+STOPS = (1, 2, 8, 5, 6, 10)
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_R1_R2_R3_R4_R5_R6_stop_and_resume_is_exact(whole, recipe, tmp_path, stop):
     out = tmp_path / "run"
     train(recipe, out, "--stop-after", str(stop), method=Dropped)
-    assert not (out / "result.json").exists() and not (out / "encoder.pt").exists()
     assert len(metrics(out)) == stop
+    assert (out / "encoder.pt").exists() is (out / "result.json").exists() is (stop == 10)
+    ended(out)
     train(recipe, out, "--resume", method=Dropped)
     assert trained(out, 10) == trained(whole, 10)
     assert metrics(out) == metrics(whole)
@@ -50,28 +62,58 @@ def test_stop_and_resume_is_exact(whole, recipe, tmp_path, stop):
     assert all(torch.equal(v, first["state_dict"][k]) for k, v in second["state_dict"].items())
 
 
-def test_two_processes_resume_exactly(sample, recipe, tmp_path):
-    whole, out, short = tmp_path / "whole", tmp_path / "run", ["--steps", "4"]
-    forked.run(train, recipe, whole, *short, ranks=2)
-    forked.run(train, recipe, out, *short, "--stop-after", "2", ranks=2)
-    forked.run(train, recipe, out, *short, "--resume", ranks=2)
-    assert trained(out, 4) == trained(whole, 4) and metrics(out) == metrics(whole)
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The uninterrupted run of two processes, made once."""
+    return tmp_path_factory.mktemp("two") / "whole"
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches(sample, recipe, tmp_path):
+@pytest.mark.parametrize("stop", STOPS)
+def test_R7_R8_R9_R10_R11_R12_two_processes_too(sample, recipe, tmp_path, together, stop):
+    out = tmp_path / "run"
+    if not together.exists():
+        forked.run(train, recipe, together, ranks=2)
+    forked.run(train, recipe, out, "--stop-after", str(stop), ranks=2)
+    ended(out)
+    forked.run(train, recipe, out, "--resume", ranks=2)
+    assert trained(out, 10) == trained(together, 10) and metrics(out) == metrics(together)
+
+
+def test_R13_batches_made_ahead_are_the_same(whole, recipe, tmp_path, monkeypatch, subset):
+    """The loader is a function of the step: who asks for steps early and twice gets the same."""
+    honest = Loader.batches
+
+    def ahead(self, step):
+        for later in (step + 1, step + 7):
+            list(honest(self, later))
+        return iter(list(honest(self, step)))
+
+    monkeypatch.setattr(Loader, "batches", ahead)
+    train(recipe, tmp_path / "run", "--stop-after", "3", method=Dropped)
+    monkeypatch.undo()
+    monkeypatch.setattr(data.sample, "load", lambda root, config: subset)
+    train(recipe, tmp_path / "run", "--resume", method=Dropped)
+    assert trained(tmp_path / "run", 10) == trained(whole, 10)
+
+
+@pytest.mark.parametrize("first, second", [(2, 1), (1, 2)])
+def test_R15_another_number_of_processes_goes_on_with_the_same_batches(
+    sample, recipe, tmp_path, first, second
+):
     """Same images, same views; float32 sums in another order."""
     reference, out = tmp_path / "reference", tmp_path / "run"
     short = ["--steps", "4"]
     train(recipe, reference, *short)
-    forked.run(train, recipe, out, *short, "--stop-after", "2", ranks=2)
-    train(recipe, out, *short, "--resume")
+    forked.run(train, recipe, out, *short, "--stop-after", "2", ranks=first)
+    resumed = forked.Children(train, recipe, out, *short, "--resume", ranks=second).wait()
+    assert f"going on with {second} processes after {first}" in resumed[0].output
     rows, expected = metrics(out), metrics(reference)
     assert [r["step"] for r in rows] == list(range(4))
     assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in expected], rel=2e-3)
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "bf16", "fp16", "accumulate", "probe"])
-def test_every_kind_of_state_resumes(sample, recipe, tmp_path, name):
+def test_R19_every_kind_of_state_resumes(sample, recipe, tmp_path, name):
     flags = {"lars": ["--optimizer", "lars", "--lr", "0.5"], "sgd": ["--optimizer", "sgd"],
              "bf16": ["--precision", "bf16"], "fp16": ["--precision", "fp16"],
              "accumulate": ["--accumulate", "2"], "probe": ["--online-probe"]}[name]  # fmt: skip
@@ -84,16 +126,7 @@ def test_every_kind_of_state_resumes(sample, recipe, tmp_path, name):
     assert bool(state_of(out, 4)["scaler"]) is (name == "fp16")
 
 
-def test_labelled_training_resumes(sample, recipe, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    for folder, flags in ((whole, ()), (out, ("--stop-after", "2")), (out, ("--resume",))):
-        train_baseline.main(["--recipe", recipe, "--out", str(folder), "--quiet", *flags])
-    assert trained(out, 5) == trained(whole, 5) and metrics(out) == metrics(whole)
-    tops = [json.loads((f / "result.json").read_text())["top1"] for f in (out, whole)]
-    assert tops[0] == tops[1]
-
-
-def test_after_a_kill_the_steps_since_the_checkpoint_are_done_again(whole, recipe, tmp_path):
+def test_C17_after_a_kill_the_steps_since_the_checkpoint_are_done_again(whole, recipe, tmp_path):
     """As if the process had died after step 10: of 4, 8 and 10 the last is gone."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -105,7 +138,9 @@ def test_after_a_kill_the_steps_since_the_checkpoint_are_done_again(whole, recip
     assert trained(out, 10) == trained(whole, 10) and metrics(out) == metrics(whole)
 
 
-def test_a_damaged_newest_checkpoint_resumes_from_the_one_before(whole, recipe, tmp_path, capsys):
+def test_C5_a_damaged_newest_checkpoint_resumes_from_the_one_before(
+    whole, recipe, tmp_path, capsys
+):
     newest = whole / "checkpoints" / "step-00000010.pt"
     expected, rows = trained(whole, 10), metrics(whole)
     (whole / "result.json").unlink()
@@ -126,7 +161,7 @@ def tree(folder) -> dict:
             for p in sorted(folder.rglob("*"))}  # fmt: skip
 
 
-def test_changed_settings_are_an_error_that_lists_them(sample, recipe, tmp_path, capsys):
+def test_R16_changed_settings_are_an_error_that_lists_them(sample, recipe, tmp_path, capsys):
     out = tmp_path / "run"
     train(recipe, out, "--stop-after", "4")
     before = {k: v for k, v in tree(out).items() if "lock" not in k}
@@ -141,14 +176,14 @@ def test_changed_settings_are_an_error_that_lists_them(sample, recipe, tmp_path,
     train(recipe, out, "--resume", "--log-every", "3", "--stop-after", "5")
 
 
-def test_a_finished_run_is_left_alone(whole, recipe, capsys):
+def test_R17_a_finished_run_is_left_alone(whole, recipe, capsys):
     before = tree(whole)
     result = train(recipe, whole, "--resume", method=Dropped)
     assert result.pop("complete") and result == json.loads((whole / "result.json").read_text())
     assert tree(whole) == before
 
 
-def test_a_finished_run_of_other_settings_is_refused(whole, recipe, capsys):
+def test_R16_a_finished_run_of_other_settings_is_refused(whole, recipe, capsys):
     before = tree(whole)
     refused(recipe, whole, "--resume", "--seed", "3")
     text = capsys.readouterr().err
@@ -157,8 +192,7 @@ def test_a_finished_run_of_other_settings_is_refused(whole, recipe, capsys):
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_result_finishes(whole, recipe):
     result = json.loads((whole / "result.json").read_text())
-    for name in ("result.json", "encoder.pt"):
-        (whole / name).unlink()
+    ended(whole)
     again = train(recipe, whole, "--resume", method=Dropped)
     assert (whole / "encoder.pt").exists()
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
@@ -178,7 +212,7 @@ def test_the_time_before_a_stop_counts(sample, recipe, tmp_path, monkeypatch):
     assert train(recipe, out, "--resume")["seconds"] >= before
 
 
-def test_other_data_under_the_same_settings_is_an_error(whole, recipe, capsys, monkeypatch):
+def test_R16_other_data_under_the_same_settings_is_an_error(whole, recipe, capsys, monkeypatch):
     (whole / "result.json").unlink()
     monkeypatch.setattr(Images, "__len__", lambda self: 300)
     with pytest.raises(SystemExit) as stop:
@@ -191,7 +225,9 @@ def test_resume_without_any_checkpoint_starts_afresh(whole, recipe, tmp_path):
     assert trained(tmp_path / "new", 10) == trained(whole, 10)
 
 
-def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(sample, recipe, tmp_path, capsys):
+def test_C8_all_checkpoints_damaged_is_an_error_and_no_fresh_start(
+    sample, recipe, tmp_path, capsys
+):
     out = tmp_path / "run"
     train(recipe, out, "--stop-after", "8")
     for path in (out / "checkpoints").glob("*.pt"):
@@ -203,7 +239,7 @@ def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(sample, recipe, 
     assert len(metrics(out)) == 8
 
 
-def test_resume_from_a_named_file(sample, recipe, tmp_path, capsys):
+def test_C9_resume_from_a_named_file(sample, recipe, tmp_path, capsys):
     out, other = tmp_path / "run", tmp_path / "other"
     train(recipe, out)
     path = out / "checkpoints" / "step-00000008.pt"
@@ -219,7 +255,7 @@ def test_resume_from_a_named_file(sample, recipe, tmp_path, capsys):
     assert str(path) in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_method_or_network(sample, recipe, tmp_path, capsys):
+def test_C14_a_checkpoint_of_another_method_or_network(sample, recipe, tmp_path, capsys):
     out = tmp_path / "run"
     train(recipe, out, "--stop-after", "4")
     path = str(out / "checkpoints" / "step-00000004.pt")
@@ -232,7 +268,7 @@ def test_a_checkpoint_of_another_method_or_network(sample, recipe, tmp_path, cap
     assert "--width 0.125 -> 0.25" in capsys.readouterr().err
 
 
-def test_tau_and_rate_of_the_resumed_step(whole, recipe, tmp_path):
+def test_R18_tau_and_rate_of_the_resumed_step(whole, recipe, tmp_path):
     import math
 
     out = tmp_path / "run"
@@ -241,3 +277,95 @@ def test_tau_and_rate_of_the_resumed_step(whole, recipe, tmp_path):
     row = metrics(out)[6]
     assert row["tau"] == pytest.approx(1 - 0.01 * (math.cos(math.pi * 0.6) + 1) / 2)
     assert row["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 5 / 9)) / 2)
+
+
+def test_R16_override_goes_on_with_other_settings(sample, recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(recipe, out, "--stop-after", "4", "--optimizer", "sgd", "--lr", "0.1")
+    capsys.readouterr()
+    flags = ["--lr", "0.2", "--momentum", "0.5", "--weight-decay", "0.01", "--byol.base-tau", "0.5"]
+    train(recipe, out, "--resume", "--override", "--optimizer", "sgd", *flags)
+    assert "--override: --lr 0.1 -> 0.2" in capsys.readouterr().err.replace("\n", " ")
+    rows, state = metrics(out), state_of(out, 10)
+    assert len(rows) == 10 and rows[4]["lr"] / rows[3]["lr"] > 1.5 and rows[4]["tau"] < 0.9
+    groups = state["optimizer"]["param_groups"]
+    assert [g["momentum"] for g in groups] == [0.5, 0.5] and groups[0]["weight_decay"] == 0.01
+    saved = json.loads((out / "config.json").read_text())["config"]
+    before = json.loads((out / "config-until-4.json").read_text())["config"]
+    assert saved["optim"]["lr"] == 0.2 and before["optim"]["lr"] == 0.1
+    # the new settings are now the run's own
+    refused(recipe, out, "--resume", "--optimizer", "sgd", "--lr", "0.1")
+    assert train(recipe, out, "--resume", "--optimizer", "sgd", *flags)["complete"]
+
+
+def test_R16_override_trains_a_finished_run_on(whole, recipe, capsys):
+    old = json.loads((whole / "result.json").read_text())
+    result = train(recipe, whole, "--resume", "--override", "--steps", "14", method=Dropped)
+    assert result["steps"] == 14 and len(metrics(whole)) == 14
+    assert json.loads((whole / "result-until-10.json").read_text()) == old
+    capsys.readouterr()
+    refused(recipe, whole, "--resume", "--override", "--steps", "12")
+    assert "14 steps are done, more than 12" in capsys.readouterr().err
+    assert json.loads((whole / "result.json").read_text())["steps"] == 14
+
+
+def test_R16_R19_another_optimizer_or_precision_starts_its_state_anew(sample, recipe, tmp_path):
+    out = tmp_path / "run"
+    train(recipe, out, "--stop-after", "2", "--steps", "4")
+    flags = ["--optimizer", "sgd", "--lr", "0.1", "--precision", "fp16", "--crop-size", "8"]
+    train(recipe, out, "--resume", "--override", "--steps", "4", *flags)
+    state = state_of(out, 4)
+    assert state["scaler"]["scale"] >= 2**14 and state["facts"]["precision"] == "fp16"
+    assert {k for s in state["optimizer"]["state"].values() for k in s} == {"momentum_buffer"}
+
+
+def spoilt(change):
+    """A change of a checkpoint's content, whose checksum is right again."""
+
+    def apply(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        save_file(path, state, checksum=True)
+
+    return apply
+
+
+SPOILT = {
+    "C9_empty": (lambda path: path.write_bytes(b""), "not a checkpoint"),
+    "C9_picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "not a checkpoint"),
+    "C9_page": (lambda path: path.write_bytes(b"<html>404</html>"), "not a checkpoint"),
+    "C11_missing": (spoilt(lambda s: s["model"].pop("encoder.bn1.bias")),
+                    "encoder.bn1.bias is missing"),
+    "C11_extra": (spoilt(lambda s: s["model"].update(more=torch.ones(1))), "more is unknown"),
+    "C11_shape": (spoilt(lambda s: s["model"].update({"encoder.bn1.bias": torch.ones(3)})),
+                  "encoder.bn1.bias is (3,), expected (8,)"),
+    "C11_no tensor": (spoilt(lambda s: s["model"].update({"encoder.bn1.bias": 1})), "no tensor"),
+    "C11_no model": (spoilt(lambda s: s.pop("model")), "not a training state"),
+    "C13_nan": (spoilt(lambda s: s["model"]["target_encoder.bn1.bias"].fill_(float("nan"))),
+                "target_encoder.bn1.bias is not finite"),
+    "C14_schema": (spoilt(lambda s: s.update(schema=2)), "its format is 2, this code reads 1"),
+    "C14_kind": (spoilt(lambda s: s.update(kind="baseline")), "not a checkpoint of byol"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["auto", "path"])
+@pytest.mark.parametrize("spoil, words", SPOILT.values(), ids=SPOILT)
+def test_C9_C11_C13_C14_a_checkpoint_that_does_not_fit_is_one_line(
+    sample, recipe, tmp_path, capsys, spoil, words, how
+):
+    out = tmp_path / "run"
+    train(recipe, out, "--stop-after", "3")
+    path = out / "checkpoints" / "step-00000003.pt"
+    spoil(path)
+    before = {p: v for p, v in tree(out).items() if "lock" not in p}
+    capsys.readouterr()
+    refused(recipe, out, "--resume", *([str(path)] if how == "path" else []))
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("error: ") and "Traceback" not in told[0]
+    assert words in told[-1] or (how == "auto" and "no valid checkpoint" in told[-1]), told
+    assert {p: v for p, v in tree(out).items() if "lock" not in p} == before
+
+
+def test_C9_a_folder_in_place_of_a_checkpoint(sample, recipe, tmp_path, capsys):
+    refused(recipe, tmp_path / "run", "--resume", str(tmp_path))
+    assert str(tmp_path) in capsys.readouterr().err

@@ -27,7 +27,7 @@ def test_the_config_says_what_ran(tmp_path):
     assert {"commit", "command", "host", "threads", "python"} <= facts.keys()
 
 
-def test_an_existing_run_is_refused(tmp_path):
+def test_S13_an_existing_run_is_refused(tmp_path):
     out = tmp_path / "run"
     started(out)
     before = (out / "config.json").read_bytes()
@@ -56,7 +56,7 @@ def hold(out, ready):
 
 
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
-def test_a_folder_in_use_names_the_process(tmp_path, how):
+def test_S12_a_folder_in_use_names_the_process(tmp_path, how):
     out, ready = tmp_path / "run", tmp_path / "ready"
     child = forked.Children(hold, out, ready)
     child.until(ready.exists)
@@ -68,7 +68,7 @@ def test_a_folder_in_use_names_the_process(tmp_path, how):
     started(out, **{how: True})  # the lock died with its holder
 
 
-def test_a_file_in_its_place(tmp_path):
+def test_C16_a_file_in_its_place(tmp_path):
     (tmp_path / "run").write_text("precious")
     for check in (lambda out: check_free(out, False, True), lambda out: started(out)):
         with pytest.raises(UserError, match="a file is in its place"):
@@ -98,7 +98,7 @@ def test_rows_at_the_cadence_the_first_and_the_last(tmp_path):
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 
-def test_a_resume_cuts_later_rows_and_broken_lines_away(tmp_path):
+def test_C17_a_resume_cuts_later_rows_and_broken_lines_away(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     text = "".join(json.dumps({"step": k}) + "\n" for k in range(6))

@@ -13,8 +13,9 @@ from conftest import metrics, trained
 import train_byol
 from byol.byol import BYOL
 from training.checkpoints import Checkpoints
+from training.config import RunError
 from training.distributed import SINGLE
-from training.stopping import NonFinite, Watch
+from training.stopping import Watch
 
 STEPS = 30
 
@@ -37,7 +38,7 @@ def whole(sample, recipe, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_at_the_step_and_the_resume_is_exact(whole, recipe, tmp_path, number):
+def test_S1_S5_a_signal_saves_at_the_step_and_the_resume_is_exact(whole, recipe, tmp_path, number):
     out = tmp_path / "run"
     child = forked.Children(train, recipe, out)
     child.until(lambda: rows(out) >= 3)
@@ -52,7 +53,7 @@ def test_a_signal_saves_at_the_step_and_the_resume_is_exact(whole, recipe, tmp_p
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_rank_stops_both_at_the_same_step(sample, recipe, tmp_path, rank):
+def test_S3_a_signal_to_one_rank_stops_both_at_the_same_step(sample, recipe, tmp_path, rank):
     out = tmp_path / "run"
     children = forked.Children(train, recipe, out, ranks=2)
     children.until(lambda: rows(out) >= 1)
@@ -62,7 +63,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(sample, recipe, tmp_pa
     assert [p.name for p in Checkpoints(out / "checkpoints", 0).list()] == [f"step-{done:08d}.pt"]
 
 
-def test_sigusr1_saves_and_goes_on(sample, recipe, tmp_path):
+def test_S6_sigusr1_saves_and_goes_on(sample, recipe, tmp_path):
     out = tmp_path / "run"
     child = forked.Children(train, recipe, out)
     child.until(lambda: rows(out) >= 3)
@@ -81,7 +82,7 @@ class Slow(BYOL):
         return super().after_step(progress)
 
 
-def test_a_second_signal_ends_at_once(sample, recipe, tmp_path):
+def test_S5_a_second_signal_ends_at_once(sample, recipe, tmp_path):
     out = tmp_path / "run"
     child = forked.Children(lambda: train(recipe, out, "--save-every", "2", method=Slow), limit=20)
     child.until((out / "checkpoints" / "step-00000004.pt").exists)
@@ -94,7 +95,7 @@ def test_a_second_signal_ends_at_once(sample, recipe, tmp_path):
     assert Checkpoints(out / "checkpoints", 0).newest_valid()["step"] == 4
 
 
-def test_a_kill_at_any_time_resumes_exactly(whole, recipe, tmp_path):
+def test_R14_a_kill_at_any_time_resumes_exactly(whole, recipe, tmp_path):
     out, kills = tmp_path / "run", 0
     for seen in (2, 9, 17, 23):
         child = forked.Children(train, recipe, out, "--resume", "--save-every", "3")
@@ -120,7 +121,7 @@ class Poisoned(BYOL):
 
 
 @pytest.mark.parametrize("batch_norm", ["sync", "local"])
-def test_nan_on_one_rank_stops_both(sample, recipe, tmp_path, batch_norm):
+def test_N1_nan_on_one_rank_stops_both(sample, recipe, tmp_path, batch_norm):
     out = tmp_path / "run"
     flags = ["--save-every", "1", "--batch-norm", batch_norm]
     children = forked.Children(lambda: train(recipe, out, *flags, method=Poisoned), ranks=2)
@@ -146,7 +147,7 @@ class BadGradient(BYOL):
         return loss, logs
 
 
-def test_a_nan_gradient_with_a_finite_loss_is_never_saved(sample, recipe, tmp_path, capsys):
+def test_N2_a_nan_gradient_with_a_finite_loss_is_never_saved(sample, recipe, tmp_path, capsys):
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as stop:
         train(recipe, out, "--save-every", "1", method=BadGradient)
@@ -166,7 +167,7 @@ class Broken(BYOL):
         return super().forward(*views)
 
 
-def test_an_exception_on_one_rank_ends_that_rank_with_its_cause(sample, recipe, tmp_path):
+def test_S9_an_exception_on_one_rank_ends_that_rank_with_its_cause(sample, recipe, tmp_path):
     out = tmp_path / "run"
     flags = ["--dist-timeout", "5"]
     children = forked.Children(lambda: train(recipe, out, *flags, method=Broken), ranks=2)
@@ -188,7 +189,7 @@ def test_the_finite_flag_is_kept_until_it_is_read():
     watch.look(Step(1.0, 0), model)
     watch.look(Step(float("inf"), 1), model)  # not read yet
     watch.look(Step(1.0, 2), model)
-    with pytest.raises(NonFinite, match="step 3"):
+    with pytest.raises(RunError, match="step 3"):
         watch.look(Step(1.0, 3), model)
 
 

@@ -75,7 +75,7 @@ def test_the_online_encoder_is_the_one_that_is_kept(run):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", ""])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_prefixes_are_taken_off(tmp_path, prefix, wrapped):
+def test_C12_prefixes_are_taken_off(tmp_path, prefix, wrapped):
     state = encoder().state_dict()
     loaded = {prefix + k: v for k, v in state.items()}
     torch.save({"state_dict": loaded} if wrapped else loaded, tmp_path / "x.pt")
@@ -110,7 +110,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("change, text", MISTAKES.values(), ids=MISTAKES)
-def test_what_does_not_fit_is_named_and_changes_nothing(change, text):
+def test_C11_what_does_not_fit_is_named_and_changes_nothing(change, text):
     target = encoder(seed=5)
     before = {k: v.clone() for k, v in target.state_dict().items()}
     with pytest.raises(UserError) as error:
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(change, text):
     assert same(target.state_dict(), before)
 
 
-def test_another_width_names_the_first_tensors():
+def test_C11_another_width_names_the_first_tensors():
     with pytest.raises(UserError) as error:
         load_weights(encoder(), encoder(width=0.25).state_dict(), "--ckpt x.pt")
     text = str(error.value)
@@ -128,11 +128,11 @@ def test_another_width_names_the_first_tensors():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+def test_C13_weights_that_are_not_finite_are_refused(tmp_path, value):
     state = broken(lambda s: s["layer3.0.conv1.weight"].view(-1)[7].fill_(value))
     torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="layer3.0.conv1.weight is not finite"):
-        read_weights(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="--ckpt: layer3.0.conv1.weight is not finite"):
+        load_weights(encoder(), read_weights(tmp_path / "x.pt").state_dict, "--ckpt")
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, {}, [1, 2], torch.ones(2), {"state_dict": {}}])
@@ -142,7 +142,7 @@ def test_files_without_weights_are_refused(tmp_path, content):
         read_weights(tmp_path / "x.pt")
 
 
-def test_a_folder_without_encoder_and_a_missing_path(tmp_path):
+def test_C9_a_folder_without_encoder_and_a_missing_path(tmp_path):
     with pytest.raises(UserError, match="no encoder.pt in it"):
         read_weights(tmp_path)
     with pytest.raises(UserError, match="--init .*nothing"):
@@ -239,7 +239,7 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-def test_a_malicious_file_in_the_cache_is_not_run(cache, tmp_path):
+def test_C10_a_malicious_file_in_the_cache_is_not_run(cache, tmp_path):
     cache.parent.mkdir(parents=True)
     torch.save({"a": Evil(tmp_path / "sentinel")}, cache)
     with pytest.raises(UserError):
