@@ -13,6 +13,9 @@ test: $(VENV)/.installed-tests
 test-slow: $(VENV)/.installed-tests
 	$(BIN)/python -m pytest -m slow
 
+test-faults: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest -m faults
+
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,4 +26,4 @@ $(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test test-slow
+.PHONY: demo test test-slow test-faults

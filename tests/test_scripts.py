@@ -49,7 +49,7 @@ def python(*arguments, code: int = 0, cwd=ROOT) -> str:
     return finished(command(*arguments, cwd=cwd), code)
 
 
-def test_three_spellings_are_one_run(tmp_path):
+def test_L1_three_spellings_are_one_run(tmp_path):
     """Two processes against one in float32: weights to 1e-4, losses to 1e-5."""
     recipe = tmp_path / "a recipe.toml"
     recipe.write_text(TINY)
@@ -95,7 +95,7 @@ def test_a_variant_is_a_module_with_the_same_flags(tmp_path, recipe):
     assert -1.01 <= metrics(out)[0]["loss"] <= 1.01
 
 
-def test_two_numbers_of_processes_that_differ(tmp_path, recipe):
+def test_L2_two_numbers_of_processes_that_differ(tmp_path, recipe):
     text = python(*TORCHRUN, "--standalone", "--nproc-per-node", "2", "train_byol.py", "--recipe",
                   recipe, "--gpus", "3", "--out", tmp_path / "run", code=1)  # fmt: skip
     assert "--gpus 3: the launcher started 2" in text
@@ -502,7 +502,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("main, flags, words", WRONG.values(), ids=WRONG)
-def test_wrong_input_is_one_line_and_leaves_nothing(
+def test_A1_wrong_input_is_one_line_and_leaves_nothing(
     sample, recipe, tmp_path, monkeypatch, capsys, main, flags, words
 ):
     monkeypatch.chdir(tmp_path)
@@ -517,7 +517,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_a_run_is_not_overwritten_unless_asked_to(run, recipe, capsys):
+def test_S13_a_run_is_not_overwritten_unless_asked_to(run, recipe, capsys):
     flags = ["--recipe", recipe, "--out", str(run), "--quiet", "--steps", "1"]
     kept = (run / "encoder.pt").read_bytes()
     with pytest.raises(SystemExit) as stop:
