@@ -205,7 +205,7 @@ def bad_files():
 
 
 @pytest.mark.parametrize("name", bad_files())
-def test_unreadable_images_are_left_out_and_named(root, capsys, name):
+def test_D7_unreadable_images_are_left_out_and_named(root, capsys, name):
     (root / "train" / "cat" / name).write_bytes(bad_files()[name])
     for _ in range(2):  # when they are packed, and at each later start
         data = packed(root)
@@ -218,7 +218,7 @@ def test_unreadable_images_are_left_out_and_named(root, capsys, name):
 
 
 @pytest.mark.parametrize("side", [10_000, 20_000])  # Pillow warns of the one, refuses the other
-def test_decompression_bombs_are_refused_before_they_are_decoded(root, capsys, side):
+def test_D7_decompression_bombs_are_refused_before_they_are_decoded(root, capsys, side):
     (root / "train" / "cat" / "bomb.png").write_bytes(bomb(side))
     packed(root)
     assert "decompression bomb" in capsys.readouterr().err

@@ -147,7 +147,7 @@ def test_any_number_of_views_and_no_labels():
     assert len(views) == 3 and labels is None
 
 
-def test_a_batch_larger_than_the_data_is_refused():
+def test_D8_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(UserError, match=f"--batch-size {COUNT + 1}.*{COUNT} training images"):
         loader(batch_size=COUNT + 1)
     assert loader(batch_size=COUNT).steps_per_epoch == 1
@@ -157,6 +157,6 @@ UNSHARED = [(15, 2, 1), (16, 3, 1), (16, 1, 3), (2, 2, 1), (4, 2, 2), (1, 1, 1)]
 
 
 @pytest.mark.parametrize("batch, world_size, accumulate", UNSHARED)
-def test_a_batch_that_cannot_be_shared_out_is_refused(batch, world_size, accumulate):
+def test_D8_a_batch_that_cannot_be_shared_out_is_refused(batch, world_size, accumulate):
     with pytest.raises(UserError, match=f"--batch-size {batch}.*{world_size} processes"):
         loader(batch_size=batch, world_size=world_size, accumulate=accumulate)

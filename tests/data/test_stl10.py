@@ -90,7 +90,7 @@ def test_unlabelled_images_may_be_missing(tmp_path):
 
 @pytest.mark.parametrize("name, count", [("train", 20), ("test", 10)])
 @pytest.mark.parametrize("change", [-1, -27648, 1, 27648, None])
-def test_sizes_that_do_not_match_the_labels(tmp_path, name, count, change):
+def test_D1_sizes_that_do_not_match_the_labels(tmp_path, name, count, change):
     path = write(tmp_path) / f"{name}_X.bin"
     content = path.read_bytes()
     content = b"" if change is None else (content + bytes(27648))[: len(content) + change]
@@ -99,12 +99,12 @@ def test_sizes_that_do_not_match_the_labels(tmp_path, name, count, change):
 
 
 @pytest.mark.parametrize("content", [b"", bytes(27647), bytes(5 * 27648 + 1)])
-def test_unlabelled_images_must_be_whole(tmp_path, content):
+def test_D1_unlabelled_images_must_be_whole(tmp_path, content):
     (write(tmp_path) / "unlabeled_X.bin").write_bytes(content)
     refused(tmp_path, "unlabeled_X.bin", f"{len(content)} bytes", "multiple of 27648")
 
 
-def test_the_official_set_has_exactly_100000_unlabelled_images(tmp_path):
+def test_D1_the_official_set_has_exactly_100000_unlabelled_images(tmp_path):
     folder = write(tmp_path, train=1)
     (folder / "train_y.bin").write_bytes(bytes([1]) * 5000)
     for name, images in (("train_X.bin", 5000), ("unlabeled_X.bin", 99_999)):
@@ -118,19 +118,19 @@ def test_the_official_set_has_exactly_100000_unlabelled_images(tmp_path):
 
 
 @pytest.mark.parametrize("label", [0, 11, 255])
-def test_labels_out_of_range(tmp_path, label):
+def test_D2_labels_out_of_range(tmp_path, label):
     path = write(tmp_path) / "train_y.bin"
     path.write_bytes(path.read_bytes()[:7] + bytes([label]) + path.read_bytes()[8:])
     refused(tmp_path, "train_y.bin", f"label {label}", "byte 7")
 
 
 @pytest.mark.parametrize("count", [19, 21])
-def test_labels_shorter_or_longer(tmp_path, count):
+def test_D2_labels_shorter_or_longer(tmp_path, count):
     (write(tmp_path) / "train_y.bin").write_bytes(bytes([1] * count))
     refused(tmp_path, "train_X.bin", str(20 * 27648), str(count * 27648))
 
 
-def test_no_labels_at_all(tmp_path):
+def test_D2_no_labels_at_all(tmp_path):
     (write(tmp_path) / "test_y.bin").write_bytes(b"")
     refused(tmp_path, "test_y.bin", "0 bytes")
 
@@ -143,7 +143,7 @@ GOOD = "0 1 2\n"
     [GOOD * 9, GOOD * 11, GOOD * 9 + "0 20\n", GOOD * 9 + "-1 2\n", GOOD * 9 + "1 1\n",
      GOOD * 9 + "1 x\n", GOOD * 4 + "\n" + GOOD * 5, "", GOOD * 9 + f"{10**30}\n", "\0\xff"],
 )  # fmt: skip
-def test_malformed_folds(tmp_path, text):
+def test_D2_malformed_folds(tmp_path, text):
     path = write(tmp_path) / "fold_indices.txt"
     path.write_text(text, encoding="latin-1")
     refused(tmp_path, "fold_indices.txt", "ten lines", "0 to 19")
@@ -215,7 +215,7 @@ def fails(root, *words):
     assert left(root) == []
 
 
-def test_without_download_the_error_says_what_to_do(tmp_path):
+def test_D5_without_download_the_error_says_what_to_do(tmp_path):
     root = tmp_path / "root"
     with pytest.raises(UserError) as caught:
         stl10.prepare(root, DataConfig())
@@ -254,20 +254,20 @@ def test_data_that_is_there_is_not_touched(tmp_path, monkeypatch):
     ids=lambda m: m[0].name,
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_dangerous_members_are_refused(tmp_path, serve, bad, first):
+def test_D4_dangerous_members_are_refused(tmp_path, serve, bad, first):
     serve([bad, *members()] if first else [*members(), bad])
     fails(tmp_path / "root", repr(bad[0].name), "refused")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["root", "served.tar.gz"]
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_members_of_another_size_are_refused(tmp_path, serve, change):
+def test_D4_members_of_another_size_are_refused(tmp_path, serve, change):
     parts = [m for m in members() if "test_X" not in m[0].name]
     serve([*parts, member("stl10_binary/test_X.bin", bytes(20 + change))])
     fails(tmp_path / "root", "test_X.bin", f"{20 + change} bytes", "expected 20")
 
 
-def test_repeated_missing_and_huge_text_members_are_refused(tmp_path, serve):
+def test_D3_D4_repeated_missing_and_huge_text_members_are_refused(tmp_path, serve):
     serve([*members(), member("stl10_binary/train_y.bin", b"abc")])
     fails(tmp_path / "root", "train_y.bin")
     serve([m for m in members() if "class_names" not in m[0].name])
@@ -276,14 +276,14 @@ def test_repeated_missing_and_huge_text_members_are_refused(tmp_path, serve):
     fails(tmp_path / "root", "class_names.txt", "2097152 bytes")
 
 
-def test_a_wrong_hash_is_refused_before_unpacking(tmp_path, serve, monkeypatch):
+def test_D3_a_wrong_hash_is_refused_before_unpacking(tmp_path, serve, monkeypatch):
     serve(members())
     monkeypatch.setattr(stl10, "_extract", lambda *a: pytest.fail("unpacked"))
     monkeypatch.setattr(stl10, "MD5", "0" * 32)
     fails(tmp_path / "root", "md5", "0" * 32)
 
 
-def test_truncated_archives_and_other_files_are_refused(tmp_path, serve):
+def test_D3_truncated_archives_and_other_files_are_refused(tmp_path, serve):
     whole = serve(members())
     for content in (whole[:-30], whole[: len(whole) // 2], b"<html>moved</html>", b""):
         serve(content)
@@ -292,12 +292,12 @@ def test_truncated_archives_and_other_files_are_refused(tmp_path, serve):
     fails(tmp_path / "root")
 
 
-def test_an_unreachable_server_is_one_line(tmp_path, monkeypatch):
+def test_D5_an_unreachable_server_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(stl10, "URL", "file:///no/such/archive")
     fails(tmp_path / "root", "No such file")
 
 
-def test_a_stalled_server_ends_in_time(tmp_path, monkeypatch):
+def test_D5_a_stalled_server_ends_in_time(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(stl10, "URL", f"http://127.0.0.1:{server.getsockname()[1]}/x")
         monkeypatch.setattr(stl10, "TIMEOUT", 0.3)
@@ -306,7 +306,7 @@ def test_a_stalled_server_ends_in_time(tmp_path, monkeypatch):
         assert time.monotonic() - start < 2
 
 
-def test_after_a_failure_or_a_kill_the_next_start_succeeds(tmp_path, serve):
+def test_D6_after_a_failure_or_a_kill_the_next_start_succeeds(tmp_path, serve):
     root = tmp_path / "root"
     serve(b"rubbish")
     fails(root)
@@ -318,7 +318,7 @@ def test_after_a_failure_or_a_kill_the_next_start_succeeds(tmp_path, serve):
     assert not (root / ".stl10-partial").exists()
 
 
-def test_of_two_processes_only_one_downloads(tmp_path, serve, monkeypatch):
+def test_D6_of_two_processes_only_one_downloads(tmp_path, serve, monkeypatch):
     serve(members())
     entered, release, count = threading.Event(), threading.Event(), []
     fetch = stl10._fetch
