@@ -14,6 +14,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import data.sample  # noqa: E402
+from data import stl10  # noqa: E402
 from data.datasets import Dataset  # noqa: E402
 from data.images import Images  # noqa: E402
 
@@ -122,6 +123,19 @@ def sample(monkeypatch, subset) -> Dataset:
     """`--dataset sample` means the subset, in this process and in those forked from it."""
     monkeypatch.setattr(data.sample, "load", lambda root, config: subset)
     return subset
+
+
+def stl10_files(root: Path) -> Path:
+    """STL-10's files with 2 black training images, 1 test image and 1 unlabelled; their folder."""
+    folder = root / stl10.FOLDER
+    folder.mkdir(parents=True)
+    for part, labels in (("train", [1, 10]), ("test", [1])):
+        (folder / f"{part}_X.bin").write_bytes(bytes(len(labels) * stl10.IMAGE))
+        (folder / f"{part}_y.bin").write_bytes(bytes(labels))
+    (folder / "unlabeled_X.bin").write_bytes(bytes(stl10.IMAGE))
+    (folder / "class_names.txt").write_text("a b c d e f g h i j")
+    (folder / "fold_indices.txt").write_text("0 1\n" * 10)
+    return folder
 
 
 def digest(value) -> str:

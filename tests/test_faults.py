@@ -7,6 +7,7 @@ import builtins
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import TINY, metrics, state_of, trained
+from conftest import TINY, metrics, state_of, stl10_files, trained
 
 import data.sample
 import finetune
@@ -495,6 +496,56 @@ def test_N5_a_rate_far_too_high_ends_the_run(sample, recipe, tmp_path, capsys, o
     assert stop.value.code == 1 and "lower --lr" in text and text.count("\n") == 1
 
 
+# Data
+
+
+WRONG_DATA = {
+    "D1_one_byte_less": ("train_X.bin", lambda data: data[:-1]),
+    "D1_one_image_less": ("train_X.bin", lambda data: data[: -3 * 96 * 96]),
+    "D1_empty": ("test_X.bin", lambda data: b""),
+    "D1_one_byte_more": ("unlabeled_X.bin", lambda data: data + b"\0"),
+    "D2_label_0": ("train_y.bin", lambda data: b"\0" + data[1:]),
+    "D2_label_11": ("test_y.bin", lambda data: data[:-1] + b"\x0b"),
+    "D2_fewer_labels": ("train_y.bin", lambda data: data[:-1]),
+    "D2_more_labels": ("train_y.bin", lambda data: data + b"\1"),
+    "D2_index_5000": ("fold_indices.txt", lambda data: b"5000 " + data),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_DATA)
+@pytest.mark.parametrize("script", [*SCRIPTS, "linear_eval"])
+def test_D1_D2_wrong_data_is_refused_by_each_script(shared, tmp_path, capsys, script, wrong):
+    name, change = WRONG_DATA[wrong]
+    path = stl10_files(tmp_path) / name
+    path.write_bytes(change(path.read_bytes()))
+    flags = ["--dataset", "stl10", "--data-root", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        if script == "linear_eval":
+            ckpt = ["--ckpt", str(shared / "pretrained"), "--out", str(tmp_path / "run")]
+            linear_eval.main([*ckpt, *flags])
+        else:
+            train(shared, script, tmp_path / "run", *flags)
+    text = capsys.readouterr().err
+    if wrong in ("D2_fewer_labels", "D2_more_labels"):
+        name = "train_X.bin"  # of two files that disagree, the one whose size does not fit
+    assert stop.value.code == 2 and name in text and text.count("\n") == 1, text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_D8_too_few_images_are_refused_before_any_step(shared, tmp_path, capsys, script):
+    """And so is a batch of 1, of which batch norm has no variance."""
+    stl10_files(tmp_path)
+    flags = ["--dataset", "stl10", "--data-root", str(tmp_path)]
+    for batch, said in (("4", "there are only"), ("1", "at least 2")):
+        out = tmp_path / batch
+        with pytest.raises(SystemExit) as stop:
+            train(shared, script, out, *flags, "--batch-size", batch)
+        text = capsys.readouterr().err
+        assert stop.value.code == 2 and f"--batch-size {batch}: " in text and said in text, text
+        assert text.count("\n") == 1 and not out.exists()
+
+
 # The environment
 
 
@@ -751,3 +802,24 @@ def test_L5_L6_two_launches_at_once_and_a_path_with_spaces(two, tmp_path, launch
     ]
     assert [run.wait() for run in runs] == [0, 0]
     assert metrics(outs[0]) == metrics(outs[1])
+
+
+# The document
+
+
+REQUIRED = [*(f"C{k}" for k in range(1, 14)), "C15", *(f"R{k}" for k in range(1, 20)),
+            *(f"S{k}" for k in (1, 2, 3, 4, 5, 7, 9, 10, 12, 13)), "L1", "L2", "L3", "L4",
+            "D1", "D2", "D8", *(f"N{k}" for k in range(1, 6)), "A1"]  # fmt: skip
+
+CASE = re.compile(r"[CRSLDNA]\d+")
+
+
+def test_each_case_is_in_the_document_and_has_a_test_of_its_name():
+    rows = [
+        line for line in (ROOT / "docs/reliability.md").read_text().splitlines() if line[:1] == "|"
+    ]
+    promised = {c for row in rows for c in CASE.findall(row.split("|")[1])}
+    code = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
+    names = re.findall(r"def test_(\w+)", code)
+    tested = {word for name in names for word in name.split("_") if CASE.fullmatch(word)}
+    assert tested == promised and promised >= set(REQUIRED)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, stl10_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -295,14 +295,7 @@ def test_C17_edited_records_of_a_run_are_one_line(run, tmp_path_factory, changes
 @given(edits, st.sampled_from([*stl10.SIZES, *stl10.TEXTS]))
 def test_D1_D2_edited_files_of_stl10_are_one_line(tmp_path_factory, changes, name):
     root = tmp_path_factory.mktemp("stl10")
-    home = root / "stl10_binary"
-    home.mkdir()
-    for part, count in (("train", 2), ("test", 1)):
-        (home / f"{part}_X.bin").write_bytes(bytes(count * stl10.IMAGE))
-        (home / f"{part}_y.bin").write_bytes(bytes([1, 10][:count]))
-    (home / "unlabeled_X.bin").write_bytes(bytes(stl10.IMAGE))
-    (home / "class_names.txt").write_text("a b c d e f g h i j")
-    (home / "fold_indices.txt").write_text("0 1\n" * 10)
+    home = stl10_files(root)
     (home / name).write_bytes(edited((home / name).read_bytes(), changes))
     before = tree(home)
     found = one_line(lambda: stl10.load(root, DataConfig()))

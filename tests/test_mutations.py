@@ -18,6 +18,7 @@ BYOL, GOLDEN = "tests/byol/test_byol.py", "tests/byol/test_golden.py"
 VIEWS, LOADER, DATA = (f"tests/data/test_{n}.py" for n in ("views", "loader", "datasets"))
 LARS, LOOP = "tests/training/test_optimizers.py", "tests/training/test_loop.py"
 PLAN, RESUME = "tests/training/test_schedules.py", "tests/training/test_resume.py"
+SAVING, STOPPING = (f"tests/training/test_{n}.py" for n in ("checkpoints", "stopping"))
 SCRIPTS, WEIGHTS = "tests/test_scripts.py", "tests/training/test_weights.py"
 FEATURES, HELD = "tests/eval/test_features.py", "tests/eval/test_held_out.py"
 
@@ -170,10 +171,9 @@ MUTATIONS = {
         "training/precision.py", "return self.scaler.state_dict()", "return {}",
         "tests/training/test_precision.py -k goes_on"),
     "a load that hides a mismatch": (
-        "training/weights.py", "    if problems:\n",
-        "    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}\n"
-        "    encoder.load_state_dict(fits, strict=False)\n    return\n    if problems:\n",
-        f"{WEIGHTS}"),
+        "training/checkpoints.py", "    if problems:\n",
+        "    for k in [k for k in state if k not in own or state[k].shape != own[k].shape]:\n"
+        "        del state[k]\n    if False:\n", f"{WEIGHTS} -k C11"),
     # evaluation
     "k-NN on the test set": (
         "train_byol.py", "HeldOut(data.train, data.train_labels,",
@@ -219,6 +219,30 @@ MUTATIONS = {
     "overlapping label draws between rows": (
         "data/datasets.py", "np.random.SeedSequence([draw, 0x1ABE1])",
         "np.random.SeedSequence([draw, count])", f"{DATA} -k nested"),
+    # nothing lost
+    "checksums that nobody looks at": (
+        "training/checkpoints.py", 'return "" if actual == expected else', 'return "" if 1 else',
+        f"{SAVING} -k C5_C6"),
+    "a fresh start where all checkpoints are bad": (
+        "training/checkpoints.py", "        if found:\n", "        if not found:\n",
+        f"{SAVING} -k C8"),
+    "free unpickling": (
+        "training/checkpoints.py", 'map_location="cpu", weights_only=True',
+        'map_location="cpu", weights_only=False', f"{SAVING} -k C10"),
+    "other settings taken over in silence": (
+        "training/checkpoints.py", "if changed and not config.run.override:", "if False:",
+        f"{RESUME} -k R16_changed"),
+    "metrics written twice": (
+        "training/run_folder.py", 'if row["step"] < start]', "]", f"{RESUME} -k C17"),
+    "two runs in a folder": (
+        "training/run_folder.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH",
+        "tests/training/test_run_folder.py -k S12"),
+    "weights that are not finite saved": (
+        "training/stopping.py", "bad += sum_over_ranks((~torch.isfinite(largest)).sum()).item()",
+        "pass", f"{STOPPING} -k N2"),
+    "each rank stops for itself": (
+        "training/stopping.py", "sum_over_ranks(self.flags.clone())", "self.flags.clone()",
+        f"{STOPPING} -k S3"),
 }  # fmt: skip
 
 
