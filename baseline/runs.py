@@ -57,6 +57,8 @@ def train_all(config, job: Job, train: Callable) -> dict:
     if config.sweep or config.folds:  # many runs in one folder, each of which can go on
         if run.resume not in ("", "auto"):
             raise UserError(f"--resume {run.resume}: with --sweep or --folds, --resume alone")
+        if run.override:
+            raise UserError("--override: not with --sweep or --folds; choose another --out")
         settings = as_dict(config)
         with RunFolder(out, settings, job.processes, resume=run.resume, overwrite=run.overwrite):
             barrier()

@@ -27,6 +27,7 @@ import train_baseline
 import train_byol
 from byol.byol import BYOL
 from training import checkpoints as module
+from training import stopping
 from training.checkpoints import Checkpoints
 from training.schedules import learning_rate
 
@@ -94,14 +95,27 @@ def test_R1_R12_labelled_training_resumes_exactly(sample, shared, tmp_path, scri
 
 
 @faults
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stop", [1, 2, 7, 5, 6, STEPS])
-def test_R1_R6_R19_fp16_resumes_with_its_scaler(sample, shared, tmp_path, stop):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_R1_R6_R19_fp16_resumes_with_its_scaler(sample, shared, tmp_path, script, stop, ranks):
     out, flags = tmp_path / "run", ("--precision", "fp16", "--crop-size", "8")
-    forked.run(train, shared, "train_byol", out, "--stop-after", str(stop), *flags)
-    for name in ("result.json", "encoder.pt"):
+    forked.run(train, shared, script, out, "--stop-after", str(stop), *flags, ranks=ranks)
+    for name in ("result.json", "encoder.pt", "classifier.pt"):
         (out / name).unlink(missing_ok=True)
-    forked.run(train, shared, "train_byol", out, "--resume", *flags)
-    assert same(shared, "train_byol", out, *flags) and state_of(out, STEPS)["scaler"]
+    forked.run(train, shared, script, out, "--resume", *flags, ranks=ranks)
+    assert same(shared, script, out, *flags, ranks=ranks) and state_of(out, STEPS)["scaler"]
+
+
+@pytest.mark.parametrize("script", ["train_baseline", "finetune"])
+def test_R16_changed_settings_of_labelled_training(sample, shared, tmp_path, script):
+    out, lr = tmp_path / "run", ("--lr", "0.05")
+    forked.run(train, shared, script, out, "--stop-after", "4")
+    refused = forked.Children(train, shared, script, out, "--resume", *lr).wait()[0]
+    assert refused.code == 2 and "--lr 0.1 -> 0.05" in refused.output, refused
+    forked.run(train, shared, script, out, "--resume", "--override", *lr)
+    assert json.loads((out / "config.json").read_text())["config"]["optim"]["lr"] == 0.05
+    assert len(metrics(out)) == STEPS
 
 
 @EVERY
@@ -215,12 +229,11 @@ def test_C3_a_kill_before_old_checkpoints_go(sample, shared, tmp_path, script):
 
 
 def on_a_full_disk(shared, script, out):
-    """All writes of more than 100 bytes fail from the second checkpoint on."""
-    calls, honest = [], os.fsync
+    """Nothing can be flushed to the disk from the third checkpoint on."""
+    honest = os.fsync
 
     def full(number):
-        calls.append(number)
-        if len(calls) > 10:
+        if len(list(out.glob("checkpoints/*.pt"))) == 2:
             raise OSError(28, "No space left on device")
         honest(number)
 
@@ -350,15 +363,17 @@ def test_S4_a_signal_during_a_save_lets_it_complete(sample, shared, tmp_path):
     assert same(shared, "train_byol", out)
 
 
-def test_S4_a_second_signal_during_a_save_leaves_the_old_file(sample, shared, tmp_path):
+def test_S4_a_second_signal_during_a_save_leaves_the_old_file(
+    sample, shared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(stopping, "SAME", 0.01)
     out = tmp_path / "run"
     child = forked.Children(slow_save, shared, out)
     child.until((out / "checkpoints" / ".step-00000008.pt.tmp").exists)
-    begun = time.monotonic()
     for _ in range(2):
         os.kill(child.pids[0], signal.SIGTERM)
         time.sleep(0.05)
-    assert child.wait()[0].code == 128 + signal.SIGTERM and time.monotonic() - begun < 0.5
+    assert child.wait()[0].code == 128 + signal.SIGTERM
     assert Checkpoints(out / "checkpoints", 0).newest_valid()["step"] == 4
     forked.run(train, shared, "train_byol", out, "--resume")
     assert same(shared, "train_byol", out)
@@ -484,7 +499,7 @@ def test_N4_a_scaler_that_only_skips_ends_the_run(sample, recipe, tmp_path, caps
     flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--precision", "fp16"]
     with pytest.raises(SystemExit) as stop:
         train_byol.main(Hopeless, [*flags, "--crop-size", "8", "--steps", "99", "--quiet"])
-    assert stop.value.code == 1 and "not finite at step 50" in capsys.readouterr().err
+    assert stop.value.code == 1 and "not finite at step 49" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
@@ -557,9 +572,15 @@ PARTIAL = [STALE, {"RANK": "1"}, {"WORLD_SIZE": "2", "MASTER_ADDR": "10.255.255.
            {"TORCHELASTIC_RUN_ID": "none", "RANK": "0"}]  # fmt: skip
 
 
-def with_environment(shared, out, variables):
+def with_environment(shared, out, variables, *flags):
     os.environ |= variables
-    train(shared, "train_byol", out)
+    train(shared, "train_byol", out, *flags)
+
+
+def test_L4_a_stale_rank_does_not_hide_an_error(shared, tmp_path):
+    flags = shared, tmp_path / "run", {"RANK": "abc"}, "--lr", "-1"
+    outcome = forked.Children(with_environment, *flags).wait()[0]
+    assert outcome.code == 2 and outcome.output.startswith("error: --lr"), outcome
 
 
 @pytest.mark.parametrize("variables", PARTIAL)
@@ -687,9 +708,35 @@ def test_S2_a_signal_to_the_launcher_saves_and_stops_all(two, tmp_path, launch, 
     assert again.wait() == 0 and equal(out, two)
 
 
+SLOWLY = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from train_byol import main
+honest = os.fsync
+os.fsync = lambda number: (time.sleep(1.5), honest(number))
+main()
+"""
+
+
 @faults
-def test_S5_an_interrupt_to_all_processes_saves_and_stops(two, tmp_path, launch):
-    """What Ctrl-C does in a terminal."""
+@pytest.mark.parametrize("to", ["rank 0", "rank 1", "all"])
+def test_S2_S3_the_save_completes_whoever_is_told_to_stop(two, tmp_path, launch, to):
+    """The others wait for rank 0: a launcher ends all as soon as one has left."""
+    script, out = tmp_path / "slowly.py", tmp_path / "run"
+    script.write_text(SLOWLY.format(root=str(ROOT)))
+    flags = ["--save-every", "0", "--steps", "100000"]
+    run = launch(*TORCHRUN, script, *settings(two / "tiny.toml", out), *flags)
+    run.until(lambda: rows(out) >= 3 and len(run.ranks()) == 2)
+    ranks = run.ranks()
+    told = [ranks[int(to[-1])]] if to != "all" else [run.process.pid, *ranks.values()]
+    for pid in told:
+        os.kill(pid, signal.SIGTERM)
+    assert run.wait() == 1 and newest(out) == rows(out)
+
+
+@faults
+def test_S5_ctrl_c_at_the_terminal_saves_and_stops(two, tmp_path, launch):
+    """It reaches the launcher alone, whose ranks are in sessions of their own."""
     out = tmp_path / "run"
     run = launch("train_byol.py", "--gpus", 2, *settings(two / "tiny.toml", out))
     run.until(lambda: rows(out) >= 3 and len(run.ranks()) == 2)

@@ -32,6 +32,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
@@ -39,11 +42,6 @@ def write_atomically(path: Path, data: bytes) -> None:
             f"{path}: {error.strerror} ({len(data):,} bytes needed, {free:,} free); what was saved "
             "before is intact: make room and go on with --resume"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def save_file(path: Path, state: dict, checksum: bool = False) -> str:
@@ -102,7 +100,7 @@ class Checkpoints:
         path = self.folder / f"step-{steps_done:08d}.pt"
         save_file(path, state | {"schema": SCHEMA, "step": steps_done}, checksum=True)
         if reason := rejected(path):
-            raise UserError(f"{path}: written, but {reason}; is the disk failing?")
+            raise RunError(f"{path}: written, but {reason}; is the disk failing?")
         for old in self.list()[: -self.keep]:
             old.unlink()
             old.with_suffix(".sha256").unlink(missing_ok=True)
@@ -112,12 +110,16 @@ class Checkpoints:
         """All checkpoints, oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
 
+    def set_aside(self, after: int) -> None:
+        """Rename those of later steps: damaged, or of a past that this run does not go on from."""
+        for path in [p for p in self.list() if p.stem > f"step-{after:08d}"]:
+            path.rename(path.with_name(f"aside-{path.name}"))
+
     def newest_valid(self) -> dict | None:
         """The newest checkpoint that is whole; None where there was never one.
 
         Each one passed over is named with the reason; UserError where all are bad.
         """
-        remove_leftovers(self.folder)
         found = self.list()
         for path in reversed(found):
             reason = rejected(path)
@@ -136,8 +138,11 @@ def rejected(path: Path) -> str:
         expected = path.with_suffix(".sha256").read_text().split()[0]
     except (OSError, IndexError, UnicodeDecodeError):
         return "its .sha256 file is missing or empty"
-    with open(path, "rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return str(error.strerror)
     return "" if actual == expected else "its checksum does not match"
 
 
@@ -211,9 +216,7 @@ def restore(state: dict, method, optimizer, precision) -> int:
     check_fits(method.state_dict(), state["model"], "--resume: its network", "these settings")
     method.load_state_dict(state["model"])
     if not any(text.startswith("--optimizer ") for text in state["changed"]):
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(optimizer.param_groups, settings, strict=True):
-            group.update(own)  # load_state_dict takes the saved ones
+        past = {"state": state["optimizer"]["state"]}  # the groups' settings are the new ones
+        optimizer.load_state_dict(optimizer.state_dict() | past)
     precision.load_state_dict(state["scaler"])
     return state["step"]

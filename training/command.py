@@ -20,7 +20,7 @@ from training.run_folder import check_free
 from training.stopping import STOPPED
 
 SILENCE = 2  # seconds, more than a launcher takes to end the other processes of a failed one
-DISCONNECTED = ("onnection closed by peer", "onnection reset", "imed out")
+DISCONNECTED = ("onnection closed by peer", "onnection reset", "imed out", "pair closure")
 LOST = "lost touch with another process: it has failed, or stood still for --dist-timeout seconds"
 
 
@@ -39,12 +39,12 @@ def execute(
         out, restarted = Path(config.run.out), distributed.restarted()
         if restarted and (not config.run.resume or list(out.glob("checkpoints/step-*.pt"))):
             config.run.resume = "auto"  # after a crash the launcher types what was typed at first
-            argv = [*argv, "--resume"]
         resume = config.run.resume
         check_free(out, bool(resume), config.run.overwrite)
         if resume not in ("", "auto") and not Path(resume).is_file():
             raise UserError(f"--resume {resume}: no such file")
         distributed.relaunch_if_needed(config.run.gpus, config.run.device, argv)
+        distributed.end_with_launcher()
         datasets.prepare(config.data)
         processes = distributed.start(
             config.run.device, config.run.threads, config.run.dist_timeout, config.run.quiet
@@ -58,9 +58,9 @@ def execute(
             raise
         distributed.finish()
     except Exception as error:
-        if "--debug" in argv or not _reason(error):
+        if not _reason(error):
             raise
-        _tell(error, int(os.environ.get("RANK", 0)))
+        _tell(error, int(os.environ["RANK"]) if distributed.launched() else 0, "--debug" in argv)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -91,9 +91,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UserError | RunError):
         return text
     if isinstance(error, OSError):
-        return f"{error.filename or 'a file'}: {error.strerror or text}"
+        return f"{error.filename or 'reading or writing'}: {error.strerror or text}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory: lower --batch-size, --width or --crop-size ({text[:80]})"
-    if isinstance(error, RuntimeError) and any(words in text for words in DISCONNECTED):
+    if torch.distributed.is_initialized() and any(words in text for words in DISCONNECTED):
         return LOST
     return ""

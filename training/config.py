@@ -134,7 +134,7 @@ class RunConfig:
     )
     online_probe: bool = option(False, "train a linear layer beside, on detached representations")
     dist_timeout: float = option(
-        600, "seconds until a stalled process is an error", low=1, trajectory=False
+        600, "seconds until a stalled process is an error", low=1, high=10**6, trajectory=False
     )
     quiet: bool = option(False, "print errors only", trajectory=False)
     debug: bool = option(False, "show tracebacks", trajectory=False)
@@ -165,9 +165,10 @@ def _scalar(value, kind, meta, label):
         raise UserError(f"{label} = {value!r}: expected one of {', '.join(meta['choices'])}")
     low, high = meta["low"], meta["high"]
     if kind is not str and not (
-        (low is None or value >= low) and (high is None or value <= high) and value == value
+        (low is None or value >= low) and (high is None or value <= high) and abs(value) < 2**63
     ):
         bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+        bounds += ["below 2^63"] * (not abs(value) < 2**63)
         raise UserError(f"{label} = {value!r}: must be {' and '.join(bounds) or 'a number'}")
     return value
 

@@ -24,6 +24,7 @@ from training.config import RunError, UserError
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")
 RELAUNCHED = "BYOL_RELAUNCHED"  # guards against a launcher that starts us again and again
+RESTARTED = "BYOL_RESTARTED"  # what started us was itself a launcher's restart
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def launched() -> bool:
 
 def restarted() -> bool:
     """Whether the launcher starts this process again after a failure (its --max-restarts)."""
-    return launched() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or RESTARTED in os.environ
+    return launched() and again
 
 
 def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
@@ -78,6 +80,7 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
     sys.stdout.flush()
     environment = {k: v for k, v in os.environ.items() if not _from_launcher(k)}
     environment[RELAUNCHED] = str(os.getpid())
+    environment |= {RESTARTED: "1"} if restarted() else {}
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name] if spec else [sys.argv[0]]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -86,9 +89,9 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
     os.execve(sys.executable, command, environment)
 
 
-def end_with_parent() -> None:
+def end_with_launcher() -> None:
     """Have the kernel end this process when its launcher dies: no orphan keeps a GPU (Linux)."""
-    if sys.platform == "linux":
+    if launched() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.environ.get(RELAUNCHED, str(os.getppid())) != str(os.getppid()):
             raise RunError("the launcher has died")  # before the kernel was asked
@@ -101,11 +104,11 @@ def _from_launcher(name: str) -> bool:
 
 def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
     """Join the launcher's process group, if there is one, and set device and thread count."""
-    local_rank = int(os.environ["LOCAL_RANK"]) if launched() else 0
-    local_size = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
-    world_size = int(os.environ["WORLD_SIZE"]) if launched() else 1
-    if launched():
-        end_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    local_rank, local_size, world_size = (
+        (int(os.environ[name]) for name in names) if launched() else (0, 1, 1)
+    )
     usable = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(usable(0)) if usable else os.cpu_count()
     torch.set_num_threads(threads or max(1, cores // local_size))

@@ -1,5 +1,6 @@
 """The run folder: config.json, metrics.jsonl, TensorBoard, the lock, and one progress bar."""
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -48,24 +49,26 @@ def check_free(out: Path, resume: bool, overwrite: bool) -> None:
 
 def finished(out: Path, config) -> dict | None:
     """result.json where --resume meets a finished run; UserError where its settings differ."""
-    if not (config.run.resume and (out / "result.json").exists()):
+    if not (config.run.resume and (out / "config.json").exists()):
         return None
-    changed = differences(config, read_json(out / "config.json").get("config", {}))
-    if changed and config.run.override:
-        return None
-    if changed:
+    changed = ", ".join(differences(config, read_json(out / "config.json").get("config", {})))
+    done = (out / "result.json").exists()
+    if changed and not config.run.override:
+        what = f"--out {out} holds a finished run of other settings" if done else "--resume"
         raise UserError(
-            f"--out {out} holds a finished run of other settings ({', '.join(changed)}); "
-            "choose another --out, or --override to train on"
+            f"{what}: these differ from the run's: {changed} (--override trains on with them)"
         )
-    return read_json(out / "result.json")
+    return read_json(out / "result.json") if done and not changed else None
 
 
 class RunFolder:
-    """Where one run writes.  Only the main process touches files; all must call `log`."""
+    """Where one run writes.  Only the main process touches files; all must call `log`.
+
+    config   for config.json, if that is to be written at once
+    """
 
     def __init__(
-        self, out: Path, config: dict, processes: Processes, *, resume=False, overwrite=False
+        self, out: Path, config: dict | None, processes: Processes, *, resume=False, overwrite=False
     ) -> None:
         self.out, self.processes, self.writer, self.bar = out, processes, None, None
         self.lock = self.metrics = None
@@ -76,26 +79,26 @@ class RunFolder:
         check_free(out, resume, overwrite)
         if overwrite and not resume and (out / "config.json").exists():
             self._take_lock()  # not from under a run that is still writing
-            self.lock.close()
             stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
             out.rename(out.with_name(f"{out.name}-{stamp}"))
+            self.lock.close()
         out.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         remove_leftovers(out)
-        if not (resume and (out / "config.json").exists()):
-            self._write_config(config)
+        remove_leftovers(out / "checkpoints")
+        if config is not None:
+            self.write_config(config)
 
-    def rewrite(self, config: dict, done: int) -> None:
-        """Other settings from step `done` on: the old config.json and result.json are kept."""
-        if not self.processes.main:
+    def write_config(self, config: dict, done: int = 0, changed: bool = False) -> None:
+        """config.json, once; where settings have changed at step `done`, the old records stay."""
+        if not self.processes.main or ((self.out / "config.json").exists() and not changed):
             return
-        for name in ("config", "result"):
-            old, kept = self.out / f"{name}.json", self.out / f"{name}-until-{done}.json"
-            if old.exists() and not kept.exists():
+        for old in (self.out / "config.json", self.out / "result.json"):
+            kept = old.with_stem(f"{old.stem}-until-{done}")
+            while kept.exists():
+                kept = kept.with_stem(f"{kept.stem}+")
+            if old.exists():
                 old.replace(kept)
-        self._write_config(config)
-
-    def _write_config(self, config: dict) -> None:
         facts = {"config": config, "command": sys.argv, **_provenance()}
         write_json(self.out / "config.json", facts)
 
@@ -175,6 +178,11 @@ class RunFolder:
             text = f"step {row['step'] + 1}/{self.total}  loss {row['loss']:.3f} {knn}"
             print(f"{text}  {row['images_per_second']} images/s", flush=True)
 
+    def flush(self) -> None:
+        """Rows on the disk before the checkpoint that stands for them."""
+        if self.metrics is not None:
+            os.fsync(self.metrics.fileno())
+
     def pause_clock(self, seconds: float) -> None:
         """Take `seconds` of evaluation out of the rate."""
         self.clock += seconds
@@ -194,13 +202,12 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The rows of a metrics.jsonl; a line cut short by a crash is left out."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            rows.append({"step": json.loads(line)["step"]} | json.loads(line))
-        except (ValueError, KeyError, TypeError):
-            break
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"])})
     return rows
 
 

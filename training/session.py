@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from training import distributed
 from training.checkpoints import Checkpoints, restore, resume_state, training_state
 from training.config import UserError, as_dict
@@ -16,6 +18,8 @@ from training.precision import Precision, pick_precision
 from training.run_folder import RunFolder, git_commit, warn
 from training.schedules import peak_rate, warmup_steps
 from training.stopping import Watch
+
+BAD_STATE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class Session:
@@ -44,31 +48,34 @@ class Session:
         )
         out, resume = Path(run.out), bool(run.resume)
         self.checkpoints = Checkpoints(out / "checkpoints", run.save_every, run.keep)
-        self.folder = RunFolder(
-            out, as_dict(config), processes, resume=resume, overwrite=run.overwrite
-        )
+        self.folder = RunFolder(out, None, processes, resume=resume, overwrite=run.overwrite)
         self.facts = {"images": len(loader.images), "precision": self.precision.name}
         self.done, self.before, self.began = 0, 0.0, time.perf_counter()
         try:
             state = resume_state(self.checkpoints, run.resume, config, method, self.facts)
             if state:
                 self._go_on(state)
+            changed = run.override and (not state or bool(state["changed"]))
+            self.folder.write_config(as_dict(config), self.done, changed)
         except BaseException as error:
             self.folder.close()  # or this process would hold the lock for as long as it lives
-            if isinstance(error, KeyError | ValueError | TypeError | AttributeError | RuntimeError):
+            if isinstance(error, BAD_STATE) and not isinstance(error, torch.OutOfMemoryError):
                 text = f"{type(error).__name__}: {str(error)[:80]}"
                 raise UserError(f"--resume: not a training state of this code ({text})") from error
             raise
 
     def _go_on(self, state: dict) -> None:
         """Take over the state of a checkpoint."""
-        if state["step"] > self.total:
-            raise UserError(f"--resume: {state['step']} steps are done, more than {self.total}")
+        done, changed = state["step"], ", ".join(state["changed"])
+        if type(done) is not int or not 0 < done <= self.total - bool(changed):
+            more = f"; {changed} would train nothing" if changed else ""
+            raise UserError(f"--resume: {done} steps are done of {self.total}{more}")
         self.done = restore(state, self.method, self.optimizer, self.precision)
         self.before = float(state["seconds"])
-        if state["changed"]:
-            warn(self.processes, f"--override: {', '.join(state['changed'])}")
-            self.folder.rewrite(as_dict(self.config), self.done)
+        if changed:
+            warn(self.processes, f"--override: {changed}")
+        if self.processes.main:
+            self.checkpoints.set_aside(self.done)
         if state["processes"] != self.processes.world_size:
             warn(
                 self.processes,
@@ -127,7 +134,7 @@ class Session:
         """Read the stop and finite flags; save at the cadence, on request and at the end."""
         self.done = step.index + 1
         due = self.checkpoints.due(step) or step.index == self.stop - 1
-        watch.look(step, self.method, saving=due)
+        watch.look(step, self.method, self.optimizer, saving=due)
         if not (due or watch.stop or watch.save):
             return
         self.share_buffers()
@@ -135,7 +142,10 @@ class Session:
             state = training_state(self.method, self.optimizer, self.precision)
             state |= {"config": as_dict(self.config), "meta": self.meta, "facts": self.facts}
             state |= {"seconds": self.seconds, "processes": self.processes.world_size}
+            self.folder.flush()
             self.checkpoints.save(self.done, state)
+        if watch.stop:  # a launcher ends all when the first has left
+            distributed.barrier()
 
     def share_buffers(self) -> None:
         """Before evaluating and saving: with local batch norm, rank 0's buffers for all."""

@@ -6,6 +6,7 @@ steps and before each checkpoint, so that all ranks stop at the same step.
 
 import os
 import signal
+import time
 
 import torch
 from torch import nn
@@ -14,28 +15,30 @@ from training.config import RunError
 from training.distributed import Processes, sum_over_ranks
 
 STOPPED = 75  # exit code (EX_TEMPFAIL): saved on request, go on with --resume
+SAME = 2.0  # seconds: a launcher passes on a signal that its processes got themselves
 SKIPS = 50  # steps in a row that the gradient scaler may skip; it has halved its scale as often
 
 
 class Watch:
     """Signal flags and the finite flag of one run; use as a context manager.
 
-    SIGTERM and SIGINT ask to save and stop (a second one ends at once), SIGUSR1 to save and go on.
+    SIGTERM and SIGINT ask to save and stop (once more after SAME seconds: ends at once), SIGUSR1 to
+    save and go on.
     After `look`, `stop` and `save` are the same on all ranks.
     """
 
     def __init__(self, processes: Processes, check_every: int = 0) -> None:
         self.every = check_every or (20 if processes.device.type == "cuda" else 1)
         self.flags = torch.zeros(3, device=processes.device)  # stop, save, not finite
-        self.asked_stop = self.asked_save = False
+        self.asked_stop, self.asked_save = 0.0, False  # the time it was asked
         self.stop = self.save = False
         self.skipped = 0
 
     def __enter__(self) -> "Watch":
         def stop(number, frame):
-            if self.asked_stop:
+            if self.asked_stop and time.monotonic() > self.asked_stop + SAME:
                 os._exit(128 + number)
-            self.asked_stop = True
+            self.asked_stop = self.asked_stop or time.monotonic()
 
         def save(number, frame):
             self.asked_save = True
@@ -48,22 +51,25 @@ class Watch:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def look(self, step, model: nn.Module, saving: bool = False) -> None:
+    def look(self, step, model: nn.Module, optimizer=None, saving: bool = False) -> None:
         """Read the flags where it is time to, or before a save; RunError on all ranks alike."""
         self.skipped = 0 if step.applied else self.skipped + 1
         if step.applied:
             self.flags[2] += ~torch.isfinite(step.loss)
-        elif self.skipped > SKIPS:
+        elif self.skipped >= SKIPS:
             self.flags[2] += 1
         if not (saving or step.last or step.index % self.every == 0):
             return
-        self.flags[0], self.flags[1] = float(self.asked_stop), float(self.asked_save)
+        self.flags[0], self.flags[1] = float(self.asked_stop > 0), float(self.asked_save)
         stop, save, bad = sum_over_ranks(self.flags.clone()).tolist()
         self.stop, self.save = stop > 0, save > 0
         if self.save:
             self.asked_save = False
-        if saving or step.last or self.stop or self.save:  # weights are not looked at otherwise
-            values = [v for v in model.state_dict().values() if v.is_floating_point()]
+        if saving or step.last or self.stop or self.save:  # the state is not looked at otherwise
+            values = [*model.state_dict().values()]
+            for state in optimizer.state.values() if optimizer else ():
+                values += [v for v in state.values() if isinstance(v, torch.Tensor)]
+            values = [v for v in values if v.is_floating_point()]
             largest = torch.stack(torch._foreach_norm(values, float("inf")))
             bad += sum_over_ranks((~torch.isfinite(largest)).sum()).item()
         if bad:

@@ -15,7 +15,7 @@ import train_byol
 from byol.byol import BYOL
 from data.images import Images
 from data.loader import Loader
-from training.checkpoints import save_file
+from training.checkpoints import Checkpoints, save_file
 
 FLAGS = ["--save-every", "4", "--quiet"]
 
@@ -305,8 +305,49 @@ def test_R16_override_trains_a_finished_run_on(whole, recipe, capsys):
     assert json.loads((whole / "result-until-10.json").read_text()) == old
     capsys.readouterr()
     refused(recipe, whole, "--resume", "--override", "--steps", "12")
-    assert "14 steps are done, more than 12" in capsys.readouterr().err
+    assert "14 steps are done of 12" in capsys.readouterr().err
     assert json.loads((whole / "result.json").read_text())["steps"] == 14
+
+
+def test_R16_override_without_a_step_to_train_is_refused(whole, recipe, capsys):
+    """The result would be told to be that of settings it has never seen."""
+    before = (whole / "config.json").read_bytes()
+    refused(recipe, whole, "--resume", "--override", "--lr", "0.005")
+    assert "--lr 0.001 -> 0.005 would train nothing" in capsys.readouterr().err
+    assert (whole / "config.json").read_bytes() == before
+
+
+def test_R16_going_back_sets_later_checkpoints_aside(sample, recipe, tmp_path):
+    out, flags = tmp_path / "run", ["--lr", "0.002", "--save-every", "2"]
+    train(recipe, out, "--stop-after", "8", "--save-every", "4", "--keep", "3")
+    old = str(out / "checkpoints" / "step-00000004.pt")
+    train(recipe, out, "--resume", old, "--override", "--stop-after", "6", *flags)
+    assert [p.stem for p in Checkpoints(out / "checkpoints", 0).list()] == [
+        "step-00000004", "step-00000006"]  # fmt: skip
+    assert (out / "checkpoints" / "aside-step-00000008.pt").exists()
+    train(recipe, out, "--resume", *flags)
+    assert [row["step"] for row in metrics(out)] == list(range(10))
+
+
+def test_R16_before_the_first_checkpoint(sample, recipe, tmp_path, capsys):
+    """config.json never tells of other settings than those that were trained with."""
+    out = tmp_path / "run"
+    train(recipe, out, "--stop-after", "1")
+    for path in (out / "checkpoints").iterdir():
+        path.unlink()
+    capsys.readouterr()
+    refused(recipe, out, "--resume", "--lr", "0.002")
+    assert "--lr 0.001 -> 0.002" in capsys.readouterr().err
+    train(recipe, out, "--resume", "--override", "--lr", "0.002", "--stop-after", "1")
+    assert json.loads((out / "config.json").read_text())["config"]["optim"]["lr"] == 0.002
+
+
+def test_R16_a_refused_resume_leaves_a_folder_that_can_be_used(whole, recipe, tmp_path):
+    out = tmp_path / "new"
+    file = str(whole / "checkpoints" / "step-00000010.pt")
+    refused(recipe, out, "--resume", file, "--lr", "0.5")
+    assert not (out / "config.json").exists()
+    train(recipe, out, "--stop-after", "1")
 
 
 def test_R16_R19_another_optimizer_or_precision_starts_its_state_anew(sample, recipe, tmp_path):

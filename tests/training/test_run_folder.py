@@ -101,8 +101,9 @@ def test_rows_at_the_cadence_the_first_and_the_last(tmp_path):
 def test_C17_a_resume_cuts_later_rows_and_broken_lines_away(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    text = "".join(json.dumps({"step": k}) + "\n" for k in range(6))
-    (out / "metrics.jsonl").write_text(text + '{"step": 6, "lo')
+    lines = [json.dumps({"step": k}) + "\n" for k in range(6)]
+    lines[2:2] = ["[1]\n", '{"step": null}\n', '{"st\n']  # of these alone nothing is kept
+    (out / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
     with RunFolder(out, {}, QUIET, resume=True) as folder:
         folder.begin(4, 10, "x", 8)
         folder.log(step(4, 1.0), 1)

@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 from conftest import metrics, trained
 
+import train_baseline
 import train_byol
+from baseline.baseline import Baseline
 from byol.byol import BYOL
+from training import stopping
 from training.checkpoints import Checkpoints
 from training.config import RunError
 from training.distributed import SINGLE
@@ -82,7 +85,8 @@ class Slow(BYOL):
         return super().after_step(progress)
 
 
-def test_S5_a_second_signal_ends_at_once(sample, recipe, tmp_path):
+def test_S5_a_second_signal_ends_at_once(sample, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "SAME", 0.05)
     out = tmp_path / "run"
     child = forked.Children(lambda: train(recipe, out, "--save-every", "2", method=Slow), limit=20)
     child.until((out / "checkpoints" / "step-00000004.pt").exists)
@@ -132,6 +136,21 @@ def test_N1_nan_on_one_rank_stops_both(sample, recipe, tmp_path, batch_norm):
     assert newest["step"] == 3
     values = [v for v in newest["model"].values() if v.is_floating_point()]
     assert all(torch.isfinite(v).all() for v in values)
+
+
+def test_N1_nan_stops_labelled_training_too(sample, recipe, tmp_path, capsys, monkeypatch):
+    calls, honest = [], Baseline.forward
+
+    def forward(self, view):
+        calls.append(view)
+        return honest(self, view * float("nan") if len(calls) == 4 else view)
+
+    monkeypatch.setattr(Baseline, "forward", forward)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        train_baseline.main(["--recipe", recipe, "--out", str(out), "--save-every", "1"])
+    assert stop.value.code == 1 and "not finite at step 3" in capsys.readouterr().err
+    assert Checkpoints(out / "checkpoints", 0).newest_valid()["step"] == 3
 
 
 class BadGradient(BYOL):
@@ -191,6 +210,17 @@ def test_the_finite_flag_is_kept_until_it_is_read():
     watch.look(Step(1.0, 2), model)
     with pytest.raises(RunError, match="step 3"):
         watch.look(Step(1.0, 3), model)
+
+
+def test_N3_a_state_of_the_optimizer_that_is_not_finite():
+    """A squared gradient beyond float32: the weight would stand still from then on."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    (model(torch.ones(1, 1)).sum() * 1e25).backward()
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    with pytest.raises(RunError, match="step 0"):
+        Watch(SINGLE).look(Step(1.0, 0), model, optimizer, saving=True)
 
 
 def test_handlers_are_given_back():
