@@ -4,6 +4,8 @@
 What each operation means is settled by torchvision.transforms.v2.functional on float images.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,19 +90,20 @@ def draw(view: ViewConfig, count: int, height: int, width: int, rng: np.random.G
 
 def apply(images: Tensor, view: ViewConfig, drawn: dict, size: int, dtype=torch.float32) -> Tensor:
     """The views of uint8 images (B, 3, H, W) by what `draw` drew: (B, 3, size, size) in 0..1."""
-    device = images.device
+    device, height, width = images.device, *images.shape[2:]
     t = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in drawn.items()}
-    x = images.to(dtype) / 255
-    rows = resize_matrix(t["top"], t["h"], x.shape[2], size, dtype, view.shift)
-    columns = resize_matrix(t["left"], t["w"], x.shape[3], size, dtype, view.shift)
-    columns = torch.where(t["flip"][:, None, None], columns.flip(1), columns)
+    t |= {k: v.to(dtype)[:, None, None, None] for k, v in t.items() if v.is_floating_point()}
+    rows = resize_matrix(t["top"], t["h"], height, size, dtype, view.shift)
+    columns = resize_matrix(t["left"], t["w"], width, size, dtype, view.shift, t["flip"])
+    # memory in the order (B, H, 3, W): both products are then plain ones
+    x = images.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format) / 255
     x = separable(x, rows, columns).clamp_(0, 1)
-    x = colour_jitter(x, view, drawn, t)
+    colour_jitter(x, view, drawn, t)
     for chosen in _where(drawn["grey"], device):
         x[chosen] = grey(x[chosen]).expand(-1, 3, -1, -1)
     for chosen in _where(drawn["blur"], device):
-        matrix = blur_matrix(t["sigma"][chosen], size, 2 * (size // 20) + 1, dtype)
-        x[chosen] = separable(x[chosen], matrix, matrix)
+        matrix = blur_matrix(t["sigma"][chosen].flatten(), size, 2 * (size // 20) + 1, dtype)
+        x[chosen] = separable(x[chosen].transpose(1, 2), matrix, matrix)
     for chosen in _where(drawn["solarize"], device):
         part = x[chosen]
         x[chosen] = torch.where(part >= 0.5, 1 - part, part)
@@ -113,42 +116,52 @@ def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _where(chosen: np.ndarray, device) -> list[Tensor]:
-    """The indices of the chosen images as a list of one tensor; an empty list for no image."""
+def _where(chosen: np.ndarray, device) -> list[Tensor | slice]:
+    """The indices of the chosen images in a list of one; an empty list for no image."""
     indices = np.flatnonzero(chosen)
-    return [torch.from_numpy(indices).to(device)] if len(indices) else []
+    if len(indices) == len(chosen):
+        return [slice(None)]
+    return [torch.from_numpy(indices).to(device, non_blocking=True)] if len(indices) else []
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Multiply each image by its row and column matrices: (B, 3, H, W) -> (B, 3, h, w)."""
-    batch, channels, height, width = x.shape
-    x = torch.bmm(x.reshape(batch, channels * height, width), columns.transpose(1, 2))
-    x = x.view(batch, channels, height, -1)
-    return torch.matmul(rows[:, None], x)
+    """Multiply each image by its row and column matrices: (B, H, 3, W) -> (B, 3, h, w)."""
+    batch, height, channels, width = x.shape
+    x = torch.bmm(x.reshape(batch, height * channels, width), columns.transpose(1, 2))
+    x = torch.bmm(rows, x.view(batch, height, -1))
+    return x.view(batch, x.shape[1], channels, -1).transpose(1, 2)
 
 
 def resize_matrix(
-    start: Tensor, length: Tensor, full: int, size: int, dtype, border: int = 0
+    start: Tensor, length: Tensor, full: int, size: int, dtype, border: int = 0, flip=None
 ) -> Tensor:
     """Crop and antialiased bicubic resize along one axis, a (size, full) matrix for each image.
 
     Keys' cubic with a = -0.5; the window is cut at the crop's edge and renormalised, as in
     torchvision's float `resized_crop(..., BICUBIC, antialias=True)`.  The crop may reach `border`
-    pixels beyond the image, where it is zero.
+    pixels beyond the image, where it is zero.  Where `flip`, the result is mirrored.
     """
     if border:
-        matrix = resize_matrix(start + border, length, full + 2 * border, size, dtype)
-        return matrix[:, :, border : border + full].contiguous()
+        padded = resize_matrix(start + border, length, full + 2 * border, size, dtype, 0, flip)
+        return padded[:, :, border : border + full].contiguous()
     start, length = start[:, None, None], length[:, None, None]
     scale = length.to(dtype) / size
     stretch = scale.clamp(min=1)
     i = torch.arange(size, device=start.device, dtype=dtype)[None, :, None]
-    j = torch.arange(full, device=start.device, dtype=dtype)[None, None, :]
+    if flip is not None:
+        i = torch.where(flip[:, None, None], size - 1 - i, i)
     centre = scale * (i + 0.5)
-    low = (centre - 2 * stretch + 0.5).floor().clamp(min=0) + start
-    high = torch.minimum((centre + 2 * stretch + 0.5).floor(), length) + start
-    weight = cubic(((j - start) - centre + 0.5) / stretch) * ((j >= low) & (j < high))
-    return weight / weight.sum(2, keepdim=True)
+    low = (centre - 2 * stretch + 0.5).floor().clamp(min=0)
+    high = torch.minimum((centre + 2 * stretch + 0.5).floor(), length)
+    # the few pixels that count, at most so many for crops of any length
+    taps = torch.arange(math.ceil(4 * max(1, full / size)) + 1, device=start.device, dtype=dtype)
+    j = low + taps
+    weight = cubic((j - centre + 0.5) / stretch) * (j < high)
+    weight = weight / weight.sum(2, keepdim=True)
+    pixel = (j.long() + start).clamp_(max=full - 1)
+    return torch.zeros(len(start), size, full, dtype=dtype, device=start.device).scatter_add_(
+        2, pixel, weight
+    )
 
 
 def cubic(x: Tensor, a: float = -0.5) -> Tensor:
@@ -174,52 +187,55 @@ def blur_matrix(sigma: Tensor, size: int, taps: int, dtype) -> Tensor:
 
 def grey(x: Tensor) -> Tensor:
     """Luma of RGB images: (B, 3, H, W) -> (B, 1, H, W)."""
-    return (x[:, 0] * GREY[0] + x[:, 1] * GREY[1] + x[:, 2] * GREY[2])[:, None]
+    r, g, b = x.split(1, dim=1)
+    return (r * GREY[0]).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2])
 
 
-def colour_jitter(x: Tensor, view: ViewConfig, drawn: dict, t: dict) -> Tensor:
-    """Brightness, contrast, saturation and hue in each image's own order, clamped after each."""
+def colour_jitter(x: Tensor, view: ViewConfig, drawn: dict, t: dict) -> None:
+    """Brightness, contrast, saturation and hue in each image's own order, clamped after each.
+
+    In place: first all images that begin with brightness, then all that begin with contrast, ...
+    """
     operations = (brightness, contrast, saturation, hue)
-    strengths = (view.brightness, view.contrast, view.saturation, view.hue)
-    for position in range(4):
-        for index, operation in enumerate(operations):
-            if not strengths[index]:
-                continue
-            now = drawn["jitter"] & (drawn["order"][:, position] == index)
-            for chosen in _where(now, x.device):
-                factor = t[operation.__name__][chosen].to(x.dtype).view(-1, 1, 1, 1)
-                x[chosen] = operation(x[chosen], factor)
-    return x
+    used = [k for k, f in enumerate(operations) if getattr(view, f.__name__)]
+    for place, k in itertools.product(range(4), used):
+        for chosen in _where(drawn["jitter"] & (drawn["order"][:, place] == k), x.device):
+            factor = t[operations[k].__name__][chosen]
+            x[chosen] = operations[k](x[chosen], factor).clamp_(0, 1)
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
     """x times factor."""
-    return (x * factor).clamp_(0, 1)
+    return x * factor
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean luma of the image."""
-    mean = grey(x).mean(dim=(1, 2, 3), keepdim=True)
-    return (factor * x + (1 - factor) * mean).clamp_(0, 1)
+    return (x * factor).add_((1 - factor) * grey(x).mean(dim=(1, 2, 3), keepdim=True))
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the luma of each pixel."""
-    return (factor * x + (1 - factor) * grey(x)).clamp_(0, 1)
+    return (x * factor).add_(grey(x).mul_(1 - factor))
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of HSV by `shift` of a full circle (-0.5..0.5)."""
-    high, low = x.amax(1), x.amin(1)
-    spread = high - low
-    r, g, b = ((high[:, None] - x) / torch.where(spread > 0, spread, 1.0)[:, None]).unbind(1)
-    is_r, is_g = x[:, 0] == high, x[:, 1] == high
-    h = torch.where(is_r, b - g, torch.where(is_g, 2 + r - b, 4 + g - r))
-    h = torch.where(spread > 0, h / 6, 0.0) + shift[:, 0]
-    # HSV to RGB without cases: channel n is v - s v max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6
-    channel = torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
-    k = torch.remainder(channel + 6 * h[:, None], 6)
-    return (high[:, None] - spread[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp_(0, 1)
+    r, g, b = x.split(1, dim=1)
+    high = torch.maximum(torch.maximum(r, g), b)
+    spread = high - torch.minimum(torch.minimum(r, g), b)
+    is_r, is_g = r == high, g == high
+    # in sixths of the circle; where there is no colour the numerator is 0
+    h = torch.where(is_r, g - b, torch.where(is_g, b - r, r - g)).div_(spread.clamp(min=1e-12))
+    h += torch.where(is_r, 0.0, torch.where(is_g, 2.0, 4.0)).to(x.dtype)
+    h = torch.remainder(h.add_(6 * shift), 6)
+    # HSV to RGB without cases: high - spread clamp(2 - |h - 3|) for red, clamp(|h - 2| - 1) for
+    # green, clamp(|h - 4| - 1) for blue
+    centre, sign, offset = torch.tensor(
+        [[3.0, 2.0, 4.0], [-1.0, 1.0, 1.0], [2.0, -1.0, -1.0]], dtype=x.dtype, device=x.device
+    ).view(3, 1, 3, 1, 1)
+    share = (h - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
+    return high - share.mul_(spread)
 
 
 def frame(images: Tensor, size: int, crop: int) -> Tensor:

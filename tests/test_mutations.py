@@ -134,12 +134,12 @@ MUTATIONS = {
         f"{VIEWS} {LOADER} -k normalise"),
     "grey before the colours": (
         "data/views.py",
-        "    x = colour_jitter(x, view, drawn, t)\n"
+        "    colour_jitter(x, view, drawn, t)\n"
         '    for chosen in _where(drawn["grey"], device):\n'
         "        x[chosen] = grey(x[chosen]).expand(-1, 3, -1, -1)\n",
         '    for chosen in _where(drawn["grey"], device):\n'
         "        x[chosen] = grey(x[chosen]).expand(-1, 3, -1, -1)\n"
-        "    x = colour_jitter(x, view, drawn, t)\n", f"{GOLDEN}"),
+        "    colour_jitter(x, view, drawn, t)\n", f"{GOLDEN}"),
     "one crop for the whole batch": (
         "data/views.py", "rng.uniform(*view.area, count)", "rng.uniform(*view.area)",
         f"{VIEWS} -k gets_its_own"),
@@ -231,7 +231,7 @@ MUTATIONS = {
         'map_location="cpu", weights_only=False', f"{SAVING} -k C10"),
     "other settings taken over in silence": (
         "training/checkpoints.py", "if changed and not config.run.override:", "if False:",
-        f"{RESUME} -k R16_changed"),
+        f"{RESUME} -k R16_a_refused"),
     "metrics written twice": (
         "training/run_folder.py", 'if row["step"] < start]', "]", f"{RESUME} -k C17"),
     "two runs in a folder": (

@@ -345,7 +345,7 @@ def test_R16_before_the_first_checkpoint(sample, recipe, tmp_path, capsys):
 def test_R16_a_refused_resume_leaves_a_folder_that_can_be_used(whole, recipe, tmp_path):
     out = tmp_path / "new"
     file = str(whole / "checkpoints" / "step-00000010.pt")
-    refused(recipe, out, "--resume", file, "--lr", "0.5")
+    refused(recipe, out, "--resume", file, "--lr", "0.005")
     assert not (out / "config.json").exists()
     train(recipe, out, "--stop-after", "1")
 

@@ -1,0 +1,1 @@
+"""Timings: `python -m benchmarks.throughput`, `python -m benchmarks.peers`.  Not tests."""

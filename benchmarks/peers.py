@@ -1,0 +1,190 @@
+"""The same work by lightly: `python -m benchmarks.peers`, after benchmarks/requirements.txt.
+
+lightly's side follows its published BYOL example: torchvision's ResNet-18, its heads, transform,
+loss and moving average, SGD, a DataLoader; images come from memory as PIL images.  It runs as it
+stands, and with bf16 autocast and channels-last memory, the two lines that most users would add.
+Same network, heads, batch and images on both sides.
+"""
+
+import copy
+import gc
+import itertools
+import resource
+import subprocess
+import sys
+import tempfile
+
+import torch
+import torchvision
+from lightly.loss import NegativeCosineSimilarity
+from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.transforms.byol_transform import (
+    BYOLTransform,
+    BYOLView1Transform,
+    BYOLView2Transform,
+)
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import timing
+from benchmarks.throughput import MEAN, SIZES, STD, Training, photographs
+from data.loader import generator
+from data.views import View2Config, ViewConfig, apply, draw, normalise
+
+
+class Pictures(Dataset):
+    """PIL images in memory under lightly's transform."""
+
+    def __init__(self, count: int, side: int) -> None:
+        arrays = photographs(count, side).transpose(0, 2, 3, 1)
+        self.images = [Image.fromarray(array) for array in arrays]
+        self.transform = transform(side)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return self.transform(self.images[index])
+
+
+def transform(side: int) -> BYOLTransform:
+    """Its two views at `side` pixels."""
+    return BYOLTransform(BYOLView1Transform(input_size=side), BYOLView2Transform(input_size=side))
+
+
+class Lightly(nn.Module):
+    """Its building blocks around torchvision's ResNet-18; heads 512 -> 1024 -> 256."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        net = torchvision.models.resnet18()
+        if side == 32:  # the plain stem
+            net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+        self.backbone = nn.Sequential(*list(net.children())[:-1])
+        self.projection_head = BYOLProjectionHead(512, 1024, 256)
+        self.prediction_head = BYOLPredictionHead(256, 1024, 256)
+        self.backbone_momentum = copy.deepcopy(self.backbone)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head)
+        deactivate_requires_grad(self.backbone_momentum)
+        deactivate_requires_grad(self.projection_head_momentum)
+
+    def forward(self, x):
+        return self.prediction_head(self.projection_head(self.backbone(x).flatten(start_dim=1)))
+
+    def forward_momentum(self, x):
+        y = self.backbone_momentum(x).flatten(start_dim=1)
+        return self.projection_head_momentum(y).detach()
+
+
+class Peer:
+    """Its training loop, `steps` steps at a call."""
+
+    def __init__(self, side: int, images: int, steps: int, workers: int, tuned: bool) -> None:
+        torch.manual_seed(0)
+        self.batch, self.steps, self.tuned = SIZES[side][0], steps, tuned
+        self.model = Lightly(side)
+        if tuned:
+            self.model.to(memory_format=torch.channels_last)
+        self.criterion = NegativeCosineSimilarity()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.06)
+        self.loader = DataLoader(
+            Pictures(images, side), batch_size=self.batch, shuffle=True, drop_last=True,
+            num_workers=workers, persistent_workers=workers > 0,
+        )  # fmt: skip
+        self.batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
+
+    def __call__(self) -> int:
+        m = self.model
+        for x0, x1 in itertools.islice(self.batches, self.steps):
+            update_momentum(m.backbone, m.backbone_momentum, m=0.99)
+            update_momentum(m.projection_head, m.projection_head_momentum, m=0.99)
+            if self.tuned:
+                x0, x1 = (x.contiguous(memory_format=torch.channels_last) for x in (x0, x1))
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.tuned):
+                p0, z0, p1, z1 = m(x0), m.forward_momentum(x0), m(x1), m.forward_momentum(x1)
+                loss = 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self.steps * self.batch
+
+
+def training(options):
+    """Ours against lightly as it stands (best number of workers), and against the tuned one."""
+    for side in SIZES:
+        steps = 1 if options.tiny else 320 // side
+        images = 256 if options.tiny else 1024
+        with tempfile.TemporaryDirectory() as folder:
+            sides = {"ours": Training(side, images, f"{folder}/run", steps)}
+            for workers in (0,) if options.tiny else (0, 1, 2):
+                sides[f"lightly, {workers} workers"] = Peer(side, images, steps, workers, False)
+                sides[f"lightly bf16, {workers} workers"] = Peer(side, images, steps, workers, True)
+            rates = timing.alternate(sides, options.rounds)
+            sides["ours"].close()
+        for kind in ("lightly, ", "lightly bf16, "):
+            best = max((n for n in rates if n.startswith(kind)), key=lambda n: sorted(rates[n])[-1])
+            yield timing.row(f"training / {kind}{side} px", rates, "ours", best)
+        del sides
+        gc.collect()
+
+
+def views(options):
+    """Both views of an image as specified, one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for side in SIZES:
+        count = 64 if options.tiny else 512
+        arrays = photographs(count, side)
+        pictures, view = [Image.fromarray(a) for a in arrays.transpose(0, 2, 3, 1)], transform(side)
+        pixels = torch.from_numpy(arrays)
+        mean, std = torch.tensor(MEAN), torch.tensor(STD)
+        rng = generator(0, 2, 0)
+
+        def ours(side=side, pixels=pixels, rng=rng, mean=mean, std=std) -> int:
+            for block in pixels.split(SIZES[side][0]):
+                for config in (ViewConfig(), View2Config()):
+                    drawn = draw(config, len(block), side, side, rng)
+                    normalise(apply(block, config, drawn, side), mean, std)
+            return len(pixels)
+
+        def theirs(pictures=pictures, view=view) -> int:
+            for picture in pictures:
+                view(picture)
+            return len(pictures)
+
+        rates = timing.alternate({"ours": ours, "lightly": theirs}, options.rounds)
+        yield timing.row(f"views / lightly, {side} px, one thread", rates, "ours", "lightly")
+    torch.set_num_threads(threads)
+
+
+def memory(options):
+    """Peak memory of a training run at 96 px, ours and lightly's with 0 workers."""
+    peaks = {}
+    for side in ("ours", "lightly"):
+        words = [sys.executable, "-m", "benchmarks.peers", "--peak", side]
+        found = subprocess.run(words, capture_output=True, text=True, check=True)
+        peaks[side] = float(found.stdout.split()[-1])
+    yield {"what": "peak memory, MiB", **peaks, "ratio": peaks["ours"] / peaks["lightly"]}
+
+
+def peak(side: str) -> None:
+    """Print the peak memory of this process after ten steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = (
+            Training(96, 1024, f"{folder}/run", 10)
+            if side == "ours"
+            else Peer(96, 1024, 10, 0, False)
+        )
+        work()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+ROWS = {"training": training, "views": views, "memory": memory}
+
+if __name__ == "__main__":
+    if "--peak" in sys.argv:
+        peak(sys.argv[-1])
+    else:
+        timing.main(__doc__, ROWS)
