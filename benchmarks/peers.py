@@ -9,7 +9,8 @@ Same network, heads, batch and images on both sides.
 import copy
 import gc
 import itertools
-import resource
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import timing
-from benchmarks.throughput import MEAN, SIZES, STD, Training, photographs
+from benchmarks.throughput import MEAN, SIZES, STD, Training, memory_of, photographs
 from data.loader import generator
 from data.views import View2Config, ViewConfig, apply, draw, normalise
 
@@ -57,11 +58,9 @@ def transform(side: int) -> BYOLTransform:
 class Lightly(nn.Module):
     """Its building blocks around torchvision's ResNet-18; heads 512 -> 1024 -> 256."""
 
-    def __init__(self, side: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         net = torchvision.models.resnet18()
-        if side == 32:  # the plain stem
-            net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
         self.backbone = nn.Sequential(*list(net.children())[:-1])
         self.projection_head = BYOLProjectionHead(512, 1024, 256)
         self.prediction_head = BYOLPredictionHead(256, 1024, 256)
@@ -84,7 +83,7 @@ class Peer:
     def __init__(self, side: int, images: int, steps: int, workers: int, tuned: bool) -> None:
         torch.manual_seed(0)
         self.batch, self.steps, self.tuned = SIZES[side][0], steps, tuned
-        self.model = Lightly(side)
+        self.model = Lightly()
         if tuned:
             self.model.to(memory_format=torch.channels_last)
         self.criterion = NegativeCosineSimilarity()
@@ -124,7 +123,9 @@ def training(options):
             rates = timing.alternate(sides, options.rounds)
             sides["ours"].close()
         for kind in ("lightly, ", "lightly bf16, "):
-            best = max((n for n in rates if n.startswith(kind)), key=lambda n: sorted(rates[n])[-1])
+            best = max(
+                (n for n in rates if n.startswith(kind)), key=lambda n: statistics.median(rates[n])
+            )
             yield timing.row(f"training / {kind}{side} px", rates, "ours", best)
         del sides
         gc.collect()
@@ -162,29 +163,19 @@ def views(options):
 def memory(options):
     """Peak memory of a training run at 96 px, ours and lightly's with 0 workers."""
     peaks = {}
-    for side in ("ours", "lightly"):
-        words = [sys.executable, "-m", "benchmarks.peers", "--peak", side]
+    for name, module in (("ours", "throughput"), ("lightly", "peers")):
+        words = [sys.executable, "-m", f"benchmarks.{module}", "--peak"]
+        words += ["--tiny"] * options.tiny
         found = subprocess.run(words, capture_output=True, text=True, check=True)
-        peaks[side] = float(found.stdout.split()[-1])
+        peaks[name] = float(found.stdout.split()[-1])
     yield {"what": "peak memory, MiB", **peaks, "ratio": peaks["ours"] / peaks["lightly"]}
-
-
-def peak(side: str) -> None:
-    """Print the peak memory of this process after ten steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = (
-            Training(96, 1024, f"{folder}/run", 10)
-            if side == "ours"
-            else Peer(96, 1024, 10, 0, False)
-        )
-        work()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 ROWS = {"training": training, "views": views, "memory": memory}
 
 if __name__ == "__main__":
     if "--peak" in sys.argv:
-        peak(sys.argv[-1])
+        Peer(96, 1024, 10, 0, tuned=False)()
+        print(memory_of(os.getpid(), "VmHWM"))
     else:
         timing.main(__doc__, ROWS)

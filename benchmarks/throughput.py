@@ -32,7 +32,7 @@ from training.weights import save_encoder
 
 ROOT = Path(train_byol.__file__).parent
 # side: batch, stem, flags as a user would type them
-SIZES = {96: (64, "imagenet", "--byol.hidden 1024"), 32: (128, "cifar", "--byol.hidden 1024")}
+SIZES = {96: (64, "imagenet", "--byol.hidden 1024"), 32: (128, "imagenet", "--byol.hidden 1024")}
 TINY = {side: (8, stem, "--byol.hidden 16") for side, (_, stem, _) in SIZES.items()}
 if "--tiny" in sys.argv:
     SIZES = TINY
@@ -245,5 +245,9 @@ ROWS = {"training": training, "evaluation": evaluation, "start": start_up, "memo
         "processes": processes}  # fmt: skip
 
 if __name__ == "__main__":
-    os.environ.pop("RANK", None)
-    timing.main(__doc__, ROWS)
+    if "--peak" in sys.argv:  # for the row of benchmarks/peers.py
+        with tempfile.TemporaryDirectory() as folder:
+            Training(96, 1024, f"{folder}/run", 10)()
+        print(memory_of(os.getpid(), "VmHWM"))
+    else:
+        timing.main(__doc__, ROWS)

@@ -14,6 +14,7 @@ ROWS = {"throughput": ["training", "evaluation", "start", "memory", "processes"]
         "peers": ["training", "views", "memory"]}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, row", [(n, r) for n, rows in ROWS.items() for r in rows])
 def test_a_row(tmp_path, name, row):
     if name == "peers" and importlib.util.find_spec("lightly") is None:

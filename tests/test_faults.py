@@ -502,13 +502,19 @@ def test_N4_a_scaler_that_only_skips_ends_the_run(sample, recipe, tmp_path, caps
     assert stop.value.code == 1 and "not finite at step 49" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
-def test_N5_a_rate_far_too_high_ends_the_run(sample, recipe, tmp_path, capsys, optimizer):
+@pytest.mark.parametrize("optimizer, lr", [("lars", "1e6"), ("sgd", "1e12")])
+def test_N5_a_rate_far_too_high_ends_the_run(sample, recipe, tmp_path, capsys, optimizer, lr):
     flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--optimizer", optimizer]
     with pytest.raises(SystemExit) as stop:
-        train_byol.main(argv=[*flags, "--lr", "1e12", "--steps", "40", "--quiet"])
+        train_byol.main(argv=[*flags, "--lr", lr, "--steps", "40", "--quiet"])
     text = capsys.readouterr().err
     assert stop.value.code == 1 and "lower --lr" in text and text.count("\n") == 1
+
+
+def test_N5_a_rate_that_batch_norm_survives_is_told_as_a_collapse(sample, recipe, tmp_path, capsys):
+    flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--optimizer", "sgd"]
+    train_byol.main(argv=[*flags, "--lr", "1e6", "--steps", "60", "--knn-every", "20", "--quiet"])
+    assert "all images get nearly the same" in capsys.readouterr().err
 
 
 # Data

@@ -342,10 +342,13 @@ def test_R16_before_the_first_checkpoint(sample, recipe, tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["config"]["optim"]["lr"] == 0.002
 
 
-def test_R16_a_refused_resume_leaves_a_folder_that_can_be_used(whole, recipe, tmp_path):
+def test_R16_a_refused_resume_leaves_a_folder_that_can_be_used(sample, recipe, tmp_path, capsys):
     out = tmp_path / "new"
-    file = str(whole / "checkpoints" / "step-00000010.pt")
+    train(recipe, tmp_path / "old", "--stop-after", "4")
+    file = str(tmp_path / "old" / "checkpoints" / "step-00000004.pt")
+    capsys.readouterr()
     refused(recipe, out, "--resume", file, "--lr", "0.005")
+    assert "--lr 0.001 -> 0.005" in capsys.readouterr().err
     assert not (out / "config.json").exists()
     train(recipe, out, "--stop-after", "1")
 
