@@ -120,7 +120,15 @@ def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
         torch.backends.cudnn.allow_tf32 = False  # fp32 means float32; bf16 is the fast choice
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        timeout = datetime.timedelta(seconds=timeout)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun's store outlives a restart: without a name of its own for each try, a quick
+            # process finds the address of one that has died
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     rank = dist.get_rank() if dist.is_initialized() else 0
     return Processes(rank, world_size, device, quiet)
 
