@@ -3,30 +3,56 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class _AllReduce(torch.autograd.Function):
-    """Sum over processes, forward and backward."""
+class _Normalise(torch.autograd.Function):
+    """Batch norm by the statistics of all processes: one small collective each way.
+
+    torch's own kernels do the passes over the activations: a rank's mean and variance, the affine
+    map by the common ones, and the sums of its gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        """(normalised x, mean, biased variance); the ranks have equal shares."""
+        unused = torch.zeros_like(weight)  # of its type are the statistics: float32 for a half x
+        local = torch.stack(torch.batch_norm_update_stats(x, unused, unused, 0.0))
+        shares = local.new_empty(dist.get_world_size(), *local.shape)
+        dist.all_gather(list(shares), local)
+        means, variances = shares.unbind(1)
+        mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance)
+        return batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_):
+        """weight / std (grad - mean(grad) - x^ mean(grad x^)), the means over all processes.
+
+        The gradients of weight and bias stay local: DDP averages those of all parameters.
+        """
+        x, weight, mean, variance = ctx.saved_tensors
+        scaled, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        means = torch.stack([of_bias, of_weight])
+        dist.all_reduce(means)
+        means /= x.numel() // x.shape[1] * dist.get_world_size()
+        inverse = (variance + ctx.eps).rsqrt()
+        slope = weight * inverse * inverse * means[1]
+        offset = weight * inverse * means[0] - slope * mean
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        slope, offset = (v.to(x.dtype).view(shape) for v in (slope, offset))
+        return scaled.sub_(torch.addcmul(offset, x, slope)), of_weight, of_bias, None
 
 
 class CrossReplicaBatchNorm(_BatchNorm):
-    """torch's BatchNorm1d/2d whose batch is that of all processes together (equal shares).
-
-    Mean first, then centred squares: two small reductions, and no cancellation in float32.
-    """
+    """torch's BatchNorm1d/2d whose batch is that of all processes together (equal shares)."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -34,20 +60,13 @@ class CrossReplicaBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
             return super().forward(x)
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _AllReduce.apply(wide.sum(dims)) / count
-        centred = wide - mean.view(shape)
-        variance = _AllReduce.apply(centred.square().sum(dims)) / count
+        y, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
-            with torch.no_grad():  # running variance is the unbiased one
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = (variance + self.eps).rsqrt() * self.weight
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+            count = x.numel() // x.shape[1] * dist.get_world_size()
+            self.num_batches_tracked += 1  # the running variance is the unbiased one
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return y
 
 
 def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
