@@ -54,12 +54,13 @@ class BYOL(Method):
     def forward(self, view1: Tensor, view2: Tensor) -> dict[str, Tensor]:
         """Online and target network on each view by itself: batch statistics are per view."""
         views = (view1, view2)
+        with torch.no_grad():  # the target learns by moving average only
+            # first: its activations are gone when the online network's begin to pile up
+            target_representation = [self.target_encoder(view) for view in views]
+            target = [self.target_projector(y) for y in target_representation]
         representation = [self.encoder(view) for view in views]
         projection = [self.projector(y) for y in representation]
         prediction = [self.predictor(z) for z in projection]
-        with torch.no_grad():  # the target learns by moving average only
-            target_representation = [self.target_encoder(view) for view in views]
-            target = [self.target_projector(y) for y in target_representation]
         return {
             "representation": torch.stack(representation),
             "projection": torch.stack(projection),
