@@ -38,7 +38,7 @@ PROTOCOL = dict(
     help="features computed once, or a linear layer trained on random crops [features]",
 )
 HIDE = tuple(
-    "pretrain_on init zero_init resume precision batch_norm compile "
+    "pretrain_on init zero_init resume precision batch_norm compile data_on_device "
     "log_every save_every keep check_every knn_every stop_after online_probe".split()
 )
 

@@ -4,11 +4,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.distributed import SINGLE, fits_on, to_device
+
 
 class Images:
     """N images of one size, RGB or grey, read by index.
 
-    parts          arrays (n, C, H, W) of uint8 with C = 1 or 3, laid end to end
+    parts          arrays (n, C, H, W) of uint8 with C = 1 or 3, laid end to end; or one tensor in a
+                   device's memory, where they are then gathered
     column_major   the arrays are (n, C, W, H) instead, as STL-10's files are
     index          which of the images, in which order; None for all
     """
@@ -31,10 +34,21 @@ class Images:
         """Whether they are stored with one channel."""
         return self.parts[0].shape[1] == 1
 
-    def gather(self, indices: np.ndarray) -> Tensor:
-        """The images at `indices`: (B, 3, H, W) uint8; grey ones have their channel three times."""
+    def gather(self, indices: np.ndarray, device: torch.device = SINGLE.device) -> Tensor:
+        """The images at `indices` on `device`: (B, 3, H, W) uint8; grey ones thrice their channel.
+
+        They travel as they are stored: a grey image has one channel on its way.
+        """
+        images = self._stored(indices, device)
+        if self.column_major:
+            images = images.transpose(2, 3)
+        return images.expand(-1, 3, -1, -1)
+
+    def _stored(self, indices: np.ndarray, device: torch.device) -> Tensor:
         if self.index is not None:
             indices = self.index[indices]
+        if isinstance(self.parts[0], Tensor):
+            return self.parts[0][to_device(indices, self.parts[0].device)].to(device)
         if len(self.parts) == 1:
             pixels = self.parts[0][indices]
         else:
@@ -42,10 +56,21 @@ class Images:
             for part, start, stop in zip(self.parts, self.offsets, self.offsets[1:], strict=False):
                 inside = (indices >= start) & (indices < stop)
                 pixels[inside] = part[indices[inside] - start]
-        images = torch.from_numpy(np.ascontiguousarray(pixels))
-        if self.column_major:
-            images = images.transpose(2, 3)
-        return images.expand(-1, 3, -1, -1)
+        return to_device(np.ascontiguousarray(pixels), device)
+
+    def resident(self, device: torch.device, when: str, block: int = 1024) -> "Images":
+        """A copy whose pixels lie in the device's memory; `when`: always, never, auto = if it fits.
+
+        A GPU then waits for no disk and no bus.
+        """
+        shape = self.parts[0].shape[1:]
+        if when == "never" or (when == "auto" and not fits_on(device, len(self) * np.prod(shape))):
+            return self
+        pixels = torch.empty((len(self), *shape), dtype=torch.uint8, device=device)
+        for start in range(0, len(self), block):
+            rows = np.arange(start, min(start + block, len(self)))
+            pixels[start : start + block] = self._stored(rows, device)
+        return Images([pixels], self.column_major)
 
     def subset(self, index: np.ndarray) -> "Images":
         """The images at `index` as a set of their own; nothing is copied."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.images import Images
 from data.views import ViewConfig, apply, draw, normalise
 from training.config import UserError
-from training.distributed import SINGLE, Processes
+from training.distributed import SINGLE, Processes, to_device
 
 ORDER, VIEWS = 1, 2  # streams of random numbers
 
@@ -51,6 +51,7 @@ class Loader:
     def of(cls, config, images, labels, views, normalisation, processes) -> "Loader":
         """As the sections data, optim and run say; `normalisation` is (mean, std)."""
         o, size = config.optim, config.data.crop_size
+        images = images.resident(processes.device, config.run.data_on_device)
         settings = images, labels, views, size, o.batch_size, *normalisation
         return cls(*settings, config.run.seed, o.accumulate, processes)
 
@@ -89,7 +90,7 @@ class Loader:
         share = micro // self.processes.world_size
         for first in range(self.processes.rank * share, self.batch_size, micro):
             mine = slice(first, first + share)
-            pixels = self.images.gather(indices[mine]).to(self.processes.device, non_blocking=True)
+            pixels = self.images.gather(indices[mine], self.processes.device)
             parameters = [{k: v[mine] for k, v in d.items()} for d in drawn]
             yield self.make_views(pixels, parameters), self._labels(indices[mine])
 
@@ -108,4 +109,4 @@ class Loader:
     def _labels(self, indices: np.ndarray) -> Tensor | None:
         if self.labels is None:
             return None
-        return torch.from_numpy(self.labels[indices]).to(self.processes.device, non_blocking=True)
+        return to_device(self.labels[indices], self.processes.device)

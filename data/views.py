@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from training.config import UserError, option
+from training.distributed import to_device
 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
+# HSV to RGB without cases: high - spread clamp(2 - |h - 3|) for red, clamp(|h - 2| - 1) for green,
+# clamp(|h - 4| - 1) for blue, h in sixths of the circle
+HUE = np.array([[3.0, 2.0, 4.0], [-1.0, 1.0, 1.0], [2.0, -1.0, -1.0]])
 
 
 @dataclass
@@ -91,7 +95,7 @@ def draw(view: ViewConfig, count: int, height: int, width: int, rng: np.random.G
 def apply(images: Tensor, view: ViewConfig, drawn: dict, size: int, dtype=torch.float32) -> Tensor:
     """The views of uint8 images (B, 3, H, W) by what `draw` drew: (B, 3, size, size) in 0..1."""
     device, height, width = images.device, *images.shape[2:]
-    t = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in drawn.items()}
+    t = {k: to_device(v, device) for k, v in drawn.items()}
     t |= {k: v.to(dtype)[:, None, None, None] for k, v in t.items() if v.is_floating_point()}
     rows = resize_matrix(t["top"], t["h"], height, size, dtype, view.shift)
     columns = resize_matrix(t["left"], t["w"], width, size, dtype, view.shift, t["flip"])
@@ -121,7 +125,7 @@ def _where(chosen: np.ndarray, device) -> list[Tensor | slice]:
     indices = np.flatnonzero(chosen)
     if len(indices) == len(chosen):
         return [slice(None)]
-    return [torch.from_numpy(indices).to(device, non_blocking=True)] if len(indices) else []
+    return [to_device(indices, device)] if len(indices) else []
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -229,11 +233,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     h = torch.where(is_r, g - b, torch.where(is_g, b - r, r - g)).div_(spread.clamp(min=1e-12))
     h += torch.where(is_r, 0.0, torch.where(is_g, 2.0, 4.0)).to(x.dtype)
     h = torch.remainder(h.add_(6 * shift), 6)
-    # HSV to RGB without cases: high - spread clamp(2 - |h - 3|) for red, clamp(|h - 2| - 1) for
-    # green, clamp(|h - 4| - 1) for blue
-    centre, sign, offset = torch.tensor(
-        [[3.0, 2.0, 4.0], [-1.0, 1.0, 1.0], [2.0, -1.0, -1.0]], dtype=x.dtype, device=x.device
-    ).view(3, 1, 3, 1, 1)
+    centre, sign, offset = to_device(HUE, x.device).to(x.dtype).view(3, 1, 3, 1, 1)
     share = (h - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
     return high - share.mul_(spread)
 

@@ -33,7 +33,7 @@ def extract(
     features = torch.zeros(len(images), encoder.feature_size, device=device)
     for block in range(processes.rank, -(-len(images) // batch_size), processes.world_size):
         rows = np.arange(block * batch_size, min((block + 1) * batch_size, len(images)))
-        x = frame(images.gather(rows).to(device), *sizes)
+        x = frame(images.gather(rows, device), *sizes)
         x = ((x - mean_) / std_).contiguous(memory_format=torch.channels_last)
         features[rows[0] : rows[-1] + 1] = encoder(x).float()
     encoder.train(was_training)

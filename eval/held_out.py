@@ -116,7 +116,7 @@ class HeldOut:
         method.eval()
         for start in range(0, count, block):
             rows = slice(start, min(start + block, count))
-            pixels = self.watched.gather(np.arange(count)[rows]).to(processes.device)
+            pixels = self.watched.gather(np.arange(count)[rows], processes.device)
             views = self.loader.make_views(
                 pixels, [{k: v[rows] for k, v in d.items()} for d in drawn]
             )

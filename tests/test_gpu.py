@@ -64,3 +64,44 @@ assert isinstance(model[1], nn.SyncBatchNorm) and list(model.state_dict()) == na
 
 def test_batch_norm_becomes_torchs_own(tmp_path):
     python("-c", CONVERSION)
+
+
+def test_images_in_the_gpus_memory_are_the_same(recipe, tmp_path):
+    there = train(recipe, tmp_path / "there", "--data-on-device", "always", "--precision", "fp32")
+    here = train(recipe, tmp_path / "here", "--data-on-device", "never", "--precision", "fp32")
+    assert [r["loss"] for r in there] == pytest.approx([r["loss"] for r in here], rel=1e-3)
+
+
+NO_WAITING = """
+import sys
+import torch
+import train_byol
+from byol.byol import BYOL
+from byol.networks import Encoder
+from data import datasets
+from data.loader import Loader
+from training.distributed import start
+from training.session import Session
+
+flags = ["--recipe", sys.argv[1], "--out", sys.argv[2], "--device", "cuda", "--precision", "bf16"]
+config = train_byol.configure([*flags, "--data-on-device", sys.argv[3], "--optimizer", sys.argv[4],
+                               "--lr", "0.01"])
+processes = start("cuda", 1, 60, quiet=True)
+data = datasets.load(config.data)
+images, _ = data.pretraining(config.data.pretrain_on)
+method = BYOL(Encoder("resnet18", "small", 0.125), config.method)
+views = (config.view1, config.view2)
+loader = Loader.of(config, images, None, views, images.statistics(), processes)
+steps = Session(config, method, loader, processes).steps()
+for _ in range(3):
+    next(steps)
+torch.cuda.set_sync_debug_mode("error")
+for _ in range(5):
+    next(steps)
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("where", ["always", "never"])
+def test_a_step_does_not_wait_for_the_gpu(recipe, tmp_path, where, optimizer):
+    python("-c", NO_WAITING, recipe, tmp_path / "run", where, optimizer)

@@ -548,3 +548,11 @@ def test_a_run_prints_what_it_does(sample, recipe, tmp_path, capsys):
     rows = metrics(tmp_path / "run")
     assert [r["step"] for r in rows if "knn_top1" in r] == [4, 9]
     assert result["knn_top1"] == rows[9]["knn_top1"] and f"{result['knn_top1']:.2f} %" in text
+
+
+def test_images_on_the_device_give_the_same_run(sample, recipe, tmp_path):
+    """`always` moves them even on a CPU: the same pixels from one tensor in memory."""
+    for where in ("never", "always"):
+        flags = ["--recipe", recipe, "--out", str(tmp_path / where), "--steps", "3", "--quiet"]
+        train_byol.main(argv=[*flags, "--data-on-device", where])
+    assert metrics(tmp_path / "always") == metrics(tmp_path / "never")

@@ -104,6 +104,12 @@ class RunConfig:
     device: str = option(
         "auto", "where to compute", choices=("auto", "cpu", "cuda"), trajectory=False
     )
+    data_on_device: str = option(
+        "auto",
+        "training images in the GPU's memory (auto: where they take less than half of it)",
+        choices=("auto", "always", "never"),
+        trajectory=False,
+    )
     gpus: int = option(1, "processes on this machine, one a GPU", low=1, trajectory=False)
     precision: str = option(
         "auto", "arithmetic of the network", choices=("auto", "fp32", "bf16", "fp16")

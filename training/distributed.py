@@ -13,6 +13,7 @@ import signal
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -168,6 +169,19 @@ def no_sync(model: nn.Module, skip: bool):
     if skip and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor there; from pinned memory, so that nobody waits for a GPU's copy."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+def fits_on(device: torch.device, size: int) -> bool:
+    """Whether `size` bytes take less than half of a GPU's free memory; False for a CPU."""
+    return device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import torch
 
 from data.images import Images
 
+CPU = torch.device("cpu")
+
 
 def pixels(count, channels=3, height=4, width=6, start=0):
     """Every byte differs between neighbours, rows, columns and images."""
@@ -76,3 +78,37 @@ def test_statistics_sample_the_whole_range():
     array = np.concatenate([np.zeros((500, 3, 2, 2)), np.full((500, 3, 2, 2), 255)])
     mean, _ = Images([array.astype(np.uint8)]).statistics(most=10)
     assert mean == pytest.approx([0.5] * 3)
+
+
+def test_resident_images_are_the_same_images():
+    """Of two parts, column-major, a subset of them: gathered from one tensor in memory."""
+    stored = np.ascontiguousarray(pixels(7, channels=1).transpose(0, 1, 3, 2))
+    images = Images([stored[:3], stored[3:]], column_major=True).subset(np.array([6, 0, 2, 4, 5]))
+    resident = images.resident(CPU, "always", block=2)
+    assert isinstance(resident.parts[0], torch.Tensor) and len(resident) == 5
+    assert resident.shape == images.shape and resident.grey
+    order = np.array([4, 0, 3, 3])
+    assert torch.equal(resident.gather(order), images.gather(order))
+    assert torch.equal(
+        resident.subset(order).gather(order[1:3]), images.subset(order).gather(order[1:3])
+    )
+    assert resident.statistics() == images.statistics()
+
+
+@pytest.mark.parametrize("when", ["never", "auto"])
+def test_a_cpu_leaves_images_where_they_are(when):
+    images = Images([pixels(3)])
+    assert images.resident(CPU, when) is images
+
+
+@pytest.mark.parametrize("free, moved", [(2 * 216, False), (2 * 216 + 1, True)])
+def test_a_gpu_takes_them_where_they_need_less_than_half_of_its_free_memory(
+    monkeypatch, free, moved
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    images = Images([pixels(3)])  # 3 x 3 x 4 x 6 bytes
+    monkeypatch.setattr("data.images.to_device", lambda array, device: torch.from_numpy(array))
+    monkeypatch.setattr(
+        torch, "empty", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype)
+    )
+    assert (images.resident(torch.device("cuda", 0), "auto") is not images) == moved
