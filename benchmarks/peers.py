@@ -9,9 +9,7 @@ Same network, heads, batch and images on both sides.
 import copy
 import gc
 import itertools
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 
@@ -30,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import timing
-from benchmarks.throughput import MEAN, SIZES, STD, Training, memory_of, photographs
+from benchmarks.throughput import MEAN, SIZES, STD, Training, photographs
 from data.loader import generator
 from data.views import View2Config, ViewConfig, apply, draw, normalise
 
@@ -38,10 +36,8 @@ from data.views import View2Config, ViewConfig, apply, draw, normalise
 class Pictures(Dataset):
     """PIL images in memory under lightly's transform."""
 
-    def __init__(self, count: int, side: int) -> None:
-        arrays = photographs(count, side).transpose(0, 2, 3, 1)
-        self.images = [Image.fromarray(array) for array in arrays]
-        self.transform = transform(side)
+    def __init__(self, images: list, transform) -> None:
+        self.images, self.transform = images, transform
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,20 +46,24 @@ class Pictures(Dataset):
         return self.transform(self.images[index])
 
 
+def pictures(count: int, side: int) -> list:
+    """The same photographs as our side gets, as PIL images."""
+    return [Image.fromarray(a) for a in photographs(count, side).transpose(0, 2, 3, 1)]
+
+
 def transform(side: int) -> BYOLTransform:
     """Its two views at `side` pixels."""
     return BYOLTransform(BYOLView1Transform(input_size=side), BYOLView2Transform(input_size=side))
 
 
 class Lightly(nn.Module):
-    """Its building blocks around torchvision's ResNet-18; heads 512 -> 1024 -> 256."""
+    """Its building blocks around a backbone that gives `features` numbers; both heads alike."""
 
-    def __init__(self) -> None:
+    def __init__(self, backbone: nn.Module, features=512, hidden=1024, projection=256) -> None:
         super().__init__()
-        net = torchvision.models.resnet18()
-        self.backbone = nn.Sequential(*list(net.children())[:-1])
-        self.projection_head = BYOLProjectionHead(512, 1024, 256)
-        self.prediction_head = BYOLPredictionHead(256, 1024, 256)
+        self.backbone = backbone
+        self.projection_head = BYOLProjectionHead(features, hidden, projection)
+        self.prediction_head = BYOLPredictionHead(projection, hidden, projection)
         self.backbone_momentum = copy.deepcopy(self.backbone)
         self.projection_head_momentum = copy.deepcopy(self.projection_head)
         deactivate_requires_grad(self.backbone_momentum)
@@ -83,14 +83,15 @@ class Peer:
     def __init__(self, side: int, images: int, steps: int, workers: int, tuned: bool) -> None:
         torch.manual_seed(0)
         self.batch, self.steps, self.tuned = SIZES[side][0], steps, tuned
-        self.model = Lightly()
+        net = torchvision.models.resnet18()
+        self.model = Lightly(nn.Sequential(*list(net.children())[:-1]))
         if tuned:
             self.model.to(memory_format=torch.channels_last)
         self.criterion = NegativeCosineSimilarity()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.06)
         self.loader = DataLoader(
-            Pictures(images, side), batch_size=self.batch, shuffle=True, drop_last=True,
-            num_workers=workers, persistent_workers=workers > 0,
+            Pictures(pictures(images, side), transform(side)), batch_size=self.batch,
+            shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0,
         )  # fmt: skip
         self.batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
 
@@ -137,9 +138,8 @@ def views(options):
     torch.set_num_threads(1)
     for side in SIZES:
         count = 64 if options.tiny else 512
-        arrays = photographs(count, side)
-        pictures, view = [Image.fromarray(a) for a in arrays.transpose(0, 2, 3, 1)], transform(side)
-        pixels = torch.from_numpy(arrays)
+        images, view = pictures(count, side), transform(side)
+        pixels = torch.from_numpy(photographs(count, side))
         mean, std = torch.tensor(MEAN), torch.tensor(STD)
         rng = generator(0, 2, 0)
 
@@ -150,10 +150,10 @@ def views(options):
                     normalise(apply(block, config, drawn, side), mean, std)
             return len(pixels)
 
-        def theirs(pictures=pictures, view=view) -> int:
-            for picture in pictures:
-                view(picture)
-            return len(pictures)
+        def theirs(images=images, view=view) -> int:
+            for image in images:
+                view(image)
+            return len(images)
 
         rates = timing.alternate({"ours": ours, "lightly": theirs}, options.rounds)
         yield timing.row(f"views / lightly, {side} px, one thread", rates, "ours", "lightly")
@@ -161,21 +161,22 @@ def views(options):
 
 
 def memory(options):
-    """Peak memory of a training run at 96 px, ours and lightly's with 0 workers."""
-    peaks = {}
-    for name, module in (("ours", "throughput"), ("lightly", "peers")):
-        words = [sys.executable, "-m", f"benchmarks.{module}", "--peak"]
-        words += ["--tiny"] * options.tiny
-        found = subprocess.run(words, capture_output=True, text=True, check=True)
-        peaks[name] = float(found.stdout.split()[-1])
-    yield {"what": "peak memory, MiB", **peaks, "ratio": peaks["ours"] / peaks["lightly"]}
+    """Peak memory of a training run at 96 px, all processes; lightly's example has 8 workers."""
+    tiny = ["--tiny"] * options.tiny
+    python = [sys.executable, "-m"]
+    ours = timing.peak_memory([*python, "benchmarks.throughput", "--peak", *tiny])
+    for workers in (8, 0):
+        words = [*python, "benchmarks.peers", "--peak", str(workers), *tiny]
+        theirs = timing.peak_memory(words)
+        yield {"what": f"peak memory / lightly's with {workers} workers, MiB", "ours": ours,
+               "lightly": theirs, "ratio": ours / theirs}  # fmt: skip
 
 
 ROWS = {"training": training, "views": views, "memory": memory}
 
 if __name__ == "__main__":
     if "--peak" in sys.argv:
-        Peer(96, 1024, 10, 0, tuned=False)()
-        print(memory_of(os.getpid(), "VmHWM"))
+        workers = int(sys.argv[sys.argv.index("--peak") + 1])
+        Peer(96, 1024, 10, workers, tuned=False)()
     else:
         timing.main(__doc__, ROWS)

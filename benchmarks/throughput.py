@@ -4,9 +4,8 @@ Rows: training against the bare step; linear evaluation against its forward pass
 after typing a command; memory; two processes against one.
 """
 
+import functools
 import json
-import os
-import re
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import linear_eval
 import train_byol
@@ -72,7 +72,12 @@ class Training:
         loader = Loader.of(config, data, None, views, (MEAN, STD), processes)
         self.session = session = Session(config, method, loader, processes)
         self.watch, self.iterator = Watch(processes, r.check_every), session.steps()
-        self.config, self.fixed = config, next(loader.batches(0))[0]
+        self.config, self.loader = config, loader
+
+    @functools.cached_property
+    def fixed(self):
+        """The views that the bare step sees again and again."""
+        return next(self.loader.batches(0))[0]
 
     def __call__(self) -> int:
         """Steps of the loop of train_byol.py."""
@@ -97,6 +102,27 @@ class Training:
         synchronise()
         return self.steps * self.batch
 
+    def views(self) -> int:
+        """What the loader does for a step."""
+        next(self.loader.batches(0))
+        synchronise()
+        return self.batch
+
+    def kept(self) -> int:
+        """Bytes that the forward pass of a step keeps for the backward pass, weights left out."""
+        own = {p.untyped_storage().data_ptr() for p in self.session.method.parameters()}
+        found = {}
+
+        def pack(tensor):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with self.session.precision.autocast():
+                outputs = self.session.model(*self.fixed)
+        del outputs
+        return sum(size for address, size in found.items() if address not in own)
+
     def close(self) -> None:
         """Give the run folder back."""
         self.session.folder.close()
@@ -118,6 +144,57 @@ def training(options):
             ours.close()
         what = f"training / bare step, {side} px, {precision}"
         yield timing.row(what, rates, "training", "bare step")
+
+
+# operators by what they belong to, the first that fits
+KINDS = {"convolution": ("conv",), "batch norm": ("batch_norm",), "ReLU, pooling": (
+    "relu", "threshold", "pool"), "heads": ("mm", "linear"), "optimizer, target": (
+    "_foreach", "add_", "mul_", "lerp", "zero_")}  # fmt: skip
+
+
+def profile(options):
+    """Of one bare step: shares of its time, FLOPs and kept activations of an image, their rate."""
+    for side in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            ours = Training(side, 256, f"{folder}/run", 1)
+            ours(), ours.bare()
+            rates = timing.alternate({"step": ours.bare}, options.rounds)["step"]
+            views = timing.alternate({"views": ours.views}, options.rounds)["views"]
+            with FlopCounterMode(display=False) as counter:
+                ours.bare()
+            giga = counter.get_total_flops() / ours.batch / 1e9
+            with torch.profiler.profile() as profiler:
+                ours.bare()
+            kept, dtype = ours.kept(), ours.session.precision.dtype or torch.float32
+            ours.close()
+        device = "device" if torch.cuda.is_available() else "cpu"
+        total = dict.fromkeys([*KINDS, "other"], 0.0)
+        for event in profiler.key_averages():
+            fits = (k for k, words in KINDS.items() if any(w in event.key for w in words))
+            total[next(fits, "other")] += getattr(event, f"self_{device}_time_total")
+        whole, rate = sum(total.values()), statistics.median(rates)
+        yield {
+            "what": f"profile, {side} px",
+            "GFLOP an image": giga,
+            "MB kept an image": kept / ours.batch / 1e6,
+            "GFLOP/s": giga * rate,
+            "GFLOP/s of a matrix product": matrix_product(dtype),
+            "views, % of a step": 100 * rate / (rate + statistics.median(views)),
+            **{f"{kind}, % of the bare step": 100 * t / whole for kind, t in total.items()},
+        }
+
+
+def matrix_product(dtype, size: int = 2048) -> float:
+    """GFLOP/s of a large product of square matrices: about what this machine can do."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.rand(size, size, dtype=dtype, device=device)
+
+    def work() -> int:
+        a @ a
+        synchronise()
+        return 2 * size**3
+
+    return statistics.median(timing.alternate({"product": work}, 5)["product"]) / 1e9
 
 
 def write_stl10(root: Path, train: int, test: int, unlabelled: int) -> list[str]:
@@ -163,12 +240,6 @@ def evaluation(options):
     )
 
 
-def memory_of(pid: int, name: str) -> int:
-    """A figure of /proc/PID/status in MiB."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) / 1024
-
-
 def command(folder: Path, *flags: str, steps: int, size: int = 96) -> tuple[float, float]:
     """(seconds until the first step is done, anonymous MiB after `steps`) of a typed command."""
     out, (batch, stem, own) = folder / f"run{time.time_ns()}", SIZES[size]
@@ -181,7 +252,7 @@ def command(folder: Path, *flags: str, steps: int, size: int = 96) -> tuple[floa
         rows = path.read_text().count("\n") if path.exists() else 0
         first = first or (time.perf_counter() - begun) * bool(rows)
         if rows >= steps:
-            anonymous = memory_of(process.pid, "RssAnon")
+            anonymous = timing.memory_of(process.pid, "RssAnon")
             process.kill()
             process.wait()
             return first, anonymous
@@ -241,13 +312,12 @@ def processes(options):
         yield timing.row(f"{name} / one process", rates, name, "one")
 
 
-ROWS = {"training": training, "evaluation": evaluation, "start": start_up, "memory": memory,
-        "processes": processes}  # fmt: skip
+ROWS = {"training": training, "profile": profile, "evaluation": evaluation, "start": start_up,
+        "memory": memory, "processes": processes}  # fmt: skip
 
 if __name__ == "__main__":
     if "--peak" in sys.argv:  # for the row of benchmarks/peers.py
         with tempfile.TemporaryDirectory() as folder:
             Training(96, 1024, f"{folder}/run", 10)()
-        print(memory_of(os.getpid(), "VmHWM"))
     else:
         timing.main(__doc__, ROWS)

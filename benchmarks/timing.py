@@ -5,7 +5,9 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,32 @@ def row(what: str, rates: dict[str, list[float]], ours: str, theirs: str) -> dic
         "lowest": ratios[0],
         "highest": ratios[-1],
     }
+
+
+def memory_of(pid: int, name: str, file: str = "status") -> float:
+    """A figure of /proc/PID/status or smaps_rollup in MiB; 0 where the process has ended."""
+    try:
+        text = Path(f"/proc/{pid}/{file}").read_text()
+    except OSError:
+        return 0.0
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def peak_memory(words: list[str]) -> float:
+    """The most memory, MiB, that a command and its children had together; shared pages once."""
+    process, peak = subprocess.Popen(words), 0.0
+    while process.poll() is None:
+        try:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        except OSError:
+            children = []
+        pids = [process.pid, *map(int, children)]
+        peak = max(peak, sum(memory_of(pid, "Pss", "smaps_rollup") for pid in pids))
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"failed: {words}")
+    return peak
 
 
 def machine() -> str:
