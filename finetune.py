@@ -6,11 +6,11 @@ python finetune.py --ckpt runs/byol-stl10 --sweep      # rate and epochs chosen 
 
 from baseline.baseline import Finetune
 from baseline.runs import EXTRA, Job, train_all
-from byol.networks import Encoder
+from byol.networks import EncoderConfig, build_encoder
 from data import datasets
 from train_baseline import HIDE, train
 from training.command import execute
-from training.config import EncoderConfig, OptimConfig, RunConfig
+from training.config import OptimConfig, RunConfig
 from training.distributed import Processes
 from training.run_folder import say
 from training.weights import read_ckpt_config
@@ -52,9 +52,8 @@ def run(config, processes: Processes) -> dict:
     say(processes, f"fine-tuning the encoder of {config.ckpt}")
 
     def start(images):
-        e = config.encoder
-        encoder = Encoder(e.arch, e.stem, e.width)
-        config.weights.load_into(encoder, e, f"--ckpt {config.ckpt}")
+        encoder = build_encoder(config.encoder)
+        config.weights.load_into(encoder, config.encoder, f"--ckpt {config.ckpt}")
         return encoder, *config.weights.normalisation(images)
 
     more = {"pretrain_seed": config.weights.meta.get("seed")}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from byol.networks import Encoder
+from byol.networks import EncoderConfig, build_encoder
 from data import datasets
 from eval.augmented import AugmentedConfig, fit_augmented
 from eval.classifiers import LinearConfig, MLPConfig, fit
@@ -22,7 +22,7 @@ from eval.knn import euclidean_knn_top1, knn_top1
 from eval.protocols import of_head, over_folds, record
 from training.checkpoints import save_file
 from training.command import execute
-from training.config import EncoderConfig, RunConfig, UserError, as_dict
+from training.config import RunConfig, UserError, as_dict
 from training.distributed import Processes
 from training.run_folder import RunFolder, say, write_json
 from training.weights import read_ckpt_config
@@ -39,7 +39,7 @@ PROTOCOL = dict(
 )
 HIDE = tuple(
     "pretrain_on init zero_init resume precision batch_norm compile data_on_device "
-    "log_every save_every keep check_every knn_every stop_after online_probe".split()
+    "log_every save_every keep check_every replicas_every knn_every stop_after online_probe".split()
 )
 
 
@@ -72,7 +72,7 @@ def run(config, processes: Processes) -> dict:
 
     # model
     e = config.encoder
-    encoder = Encoder(e.arch, e.stem, e.width)
+    encoder = build_encoder(e)
     config.weights.load_into(encoder, e, f"--ckpt {config.ckpt}")
     mean, std = config.weights.normalisation(splits[0].train.images)
     sizes = datasets.evaluation_sizes(config.data, splits[0].train.images.shape)

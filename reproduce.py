@@ -21,7 +21,7 @@ import torch
 import finetune
 import train_baseline
 import train_byol
-from byol.networks import Encoder
+from byol.networks import EncoderConfig, build_encoder
 from data import datasets
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.features import Features, FrozenEncoder, pixels
@@ -31,7 +31,6 @@ from eval.table import Cells, markdown
 from training import distributed
 from training.command import execute
 from training.config import (
-    EncoderConfig,
     OptimConfig,
     RunConfig,
     UserError,
@@ -206,7 +205,7 @@ def starting_point(table: Table, init: str, seed: int):
     """
     torch.manual_seed(seed)
     e = dataclasses.replace(table.config.encoder, init=init)
-    encoder = Encoder(e.arch, e.stem, e.width, e.zero_init)
+    encoder = build_encoder(e)
     images, _ = table.data.pretraining(table.config.data.pretrain_on)
     return encoder, *initialise(encoder, e, *images.statistics())
 
@@ -268,7 +267,7 @@ def pretrained(table: Table, folder: Path):
     """(encoder, mean, std) of a run folder."""
     weights = read_weights(folder)
     e = table.config.encoder
-    encoder = Encoder(e.arch, e.stem, e.width)
+    encoder = build_encoder(e)
     weights.load_into(encoder, e, str(folder))
     return encoder, weights.meta["mean"], weights.meta["std"]
 

@@ -11,7 +11,7 @@ import torch
 
 from baseline.baseline import Baseline
 from baseline.runs import EXTRA, Job, train_all
-from byol.networks import Encoder, parameter_count
+from byol.networks import EncoderConfig, build_encoder, parameter_count
 from data import datasets
 from data.loader import Loader
 from eval.classifiers import accuracy
@@ -19,7 +19,7 @@ from eval.features import extract
 from eval.protocols import record
 from training.checkpoints import save_file
 from training.command import execute
-from training.config import EncoderConfig, OptimConfig, RunConfig, read_config
+from training.config import OptimConfig, RunConfig, read_config
 from training.distributed import Processes, barrier
 from training.run_folder import finished, say, write_json
 from training.session import Session
@@ -61,9 +61,8 @@ def run(config, processes: Processes) -> dict:
 
     def start(images):
         torch.manual_seed(config.run.seed)
-        e = config.encoder
-        encoder = Encoder(e.arch, e.stem, e.width, e.zero_init)
-        return encoder, *initialise(encoder, e, *images.statistics())
+        encoder = build_encoder(config.encoder)
+        return encoder, *initialise(encoder, config.encoder, *images.statistics())
 
     return train_all(config, Job(Baseline, start, processes), train)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from byol.byol import BYOL
-from byol.networks import Encoder, parameter_count
+from byol.networks import EncoderConfig, build_encoder, parameter_count
 from data import datasets
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
 from eval.held_out import HeldOut, hold_out_labels
 from training.command import execute
-from training.config import EncoderConfig, OptimConfig, RunConfig, UserError, read_config
+from training.config import OptimConfig, RunConfig, UserError, read_config
 from training.distributed import Processes, barrier
 from training.method import OnlineProbe
 from training.run_folder import finished, read_metrics, say, warn, write_json
@@ -68,7 +68,7 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     # model
     torch.manual_seed(config.run.seed)
     e = config.encoder
-    encoder = Encoder(e.arch, e.stem, e.width, e.zero_init)
+    encoder = build_encoder(e)
     mean, std = initialise(encoder, e, *images.statistics())
     method = method_class(encoder, config.method)
     if config.run.online_probe:

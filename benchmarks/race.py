@@ -37,7 +37,7 @@ import train_byol
 from benchmarks.peers import Lightly, Pictures
 from benchmarks.timing import machine
 from byol.byol import target_decay
-from byol.networks import Encoder
+from byol.networks import build_encoder
 from data import datasets
 from training.method import Method
 from training.weights import save_encoder
@@ -73,7 +73,7 @@ def lightlys(config, minutes: float, out: Path, its_own: bool) -> dict:
     data = datasets.load(config.data)
     images, _ = data.pretraining(config.data.pretrain_on)
     e, b, o = config.encoder, config.byol, config.optim
-    encoder = Encoder(e.arch, e.stem, e.width, e.zero_init)
+    encoder = build_encoder(e)
     mean, std = images.statistics()
     if its_own:  # docs/source/getting_started/benchmarks/cifar10_benchmark.py
         size, batch, rate, heads = 32, 128, 0.06, (1024, 256)
@@ -130,6 +130,11 @@ def measure(found: dict, data_root: str) -> dict:
     return found | {"linear": linear["top1"], "5-NN": near["cosine_5nn"]}
 
 
+def folder_of(out: str, arm: str, seed: int) -> Path:
+    """Where a run writes; one that is there already is not repeated."""
+    return Path(out) / f"{ARMS.index(arm)}-seed{seed}"
+
+
 def one(options) -> None:
     """One run of one arm on one core; a JSON file tells of it."""
     if hasattr(os, "sched_setaffinity"):
@@ -137,7 +142,7 @@ def one(options) -> None:
     torch.set_num_threads(1)
     flags = ["--recipe", RECIPE, "--data-root", options.data_root, "--seed", str(options.seed)]
     config = train_byol.configure(flags)
-    out = Path(options.out) / f"{ARMS.index(options.arm)}-seed{options.seed}"
+    out = folder_of(options.out, options.arm, options.seed)
     if options.arm == "ours":
         found = ours(config, options.minutes, out)
     else:
@@ -161,7 +166,12 @@ def main() -> None:
         return one(options)
     datasets.prepare(train_byol.configure(["--recipe", RECIPE, "--data-root",
                                            options.data_root]).data)  # fmt: skip
-    waiting = [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
+    waiting = [
+        (arm, seed)
+        for seed in range(options.seeds)
+        for arm in ARMS
+        if not (folder_of(options.out, arm, seed) / "found.json").exists()
+    ]
     while waiting:
         pair, waiting = waiting[:2], waiting[2:]
         running = []

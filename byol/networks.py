@@ -1,7 +1,12 @@
 """The networks: a torchvision ResNet as the encoder, and the MLP of projector and predictor."""
 
+import functools
+from dataclasses import dataclass
+
 from torch import nn
 from torchvision.models import resnet
+
+from training.method import option
 
 ARCHS = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -44,6 +49,31 @@ class Encoder(resnet.ResNet):
         if planes == 64:
             self.inplanes = self.channels
         return super()._make_layer(block, planes * self.channels // 64, blocks, stride, dilate)
+
+
+# name -> function of stem, width and zero_init that makes an encoder.  A network of one's own is
+# one more line here: any nn.Module of (B, 3, H, W) -> (B, feature_size) with that attribute.
+ENCODERS = {arch: functools.partial(Encoder, arch) for arch in ARCHS}
+
+
+@dataclass
+class EncoderConfig:
+    """[encoder]: the network that evaluation loads."""
+
+    arch: str = option("resnet18", "network", choices=ENCODERS)
+    stem: str = option(
+        "imagenet",
+        "first layers: imagenet 7x7/2 and max-pool, stl 3x3 and max-pool, cifar 3x3, small 3x3/2",
+        choices=STEMS,
+    )
+    width: float = option(1.0, "multiplies all channel counts", low=1 / 16, high=8)
+    zero_init: bool = option(False, "start each block's last batch-norm scale at 0, not 1")
+    init: str = option("random", "starting point: random, imagenet, or a file of weights")
+
+
+def build_encoder(config: EncoderConfig) -> nn.Module:
+    """The network that [encoder] names, with random weights."""
+    return ENCODERS[config.arch](config.stem, config.width, config.zero_init)
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

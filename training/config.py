@@ -52,21 +52,6 @@ def option(default, help: str, *, low=None, high=None, choices=None, trajectory=
 
 
 @dataclass
-class EncoderConfig:
-    """[encoder]: the network that evaluation loads."""
-
-    arch: str = option("resnet18", "network", choices=("resnet18", "resnet34", "resnet50"))
-    stem: str = option(
-        "imagenet",
-        "first layers: imagenet 7x7/2 and max-pool, stl 3x3 and max-pool, cifar 3x3, small 3x3/2",
-        choices=("imagenet", "stl", "cifar", "small"),
-    )
-    width: float = option(1.0, "multiplies all channel counts", low=1 / 16, high=8)
-    zero_init: bool = option(False, "start each block's last batch-norm scale at 0, not 1")
-    init: str = option("random", "starting point: random, imagenet, or a file of weights")
-
-
-@dataclass
 class OptimConfig:
     """[optim]: the optimizer and how long it runs."""
 

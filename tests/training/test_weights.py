@@ -13,8 +13,8 @@ import linear_eval
 import reproduce
 import train_baseline
 import train_byol
-from byol.networks import Encoder
-from training.config import EncoderConfig, UserError
+from byol.networks import Encoder, EncoderConfig
+from training.config import UserError
 from training.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,
