@@ -12,7 +12,7 @@ from data.views import ViewConfig
 from eval.classifiers import Classifier, accuracy
 from eval.features import FrozenEncoder
 from training.config import option
-from training.distributed import gather_batch
+from training.distributed import gather
 from training.schedules import learning_rate, peak_rate
 
 
@@ -76,8 +76,8 @@ def train_layers(
             group["lr"] = learning_rate(peak_rate("sgd", rate, size), k, 0, total)
         ((views, labels),) = loader.batches(k)
         with torch.no_grad():
-            features = gather_batch(encoder(*views).float(), processes)
-        labels = gather_batch(labels, processes)  # from here on all ranks do the same
+            features = gather(encoder(*views).float())
+        labels = gather(labels)  # from here on all ranks do the same
         optimizer.zero_grad()
         sum(cross_entropy(layer(features), labels) for layer in layers).backward()
         optimizer.step()

@@ -60,12 +60,17 @@ class CrossReplicaBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
             return super().forward(x)
-        y, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps)
+        weight, bias = self.weight, self.bias
+        if not self.affine:
+            weight = x.new_ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+            bias = torch.zeros_like(weight)
+        y, mean, variance = _Normalise.apply(x, weight, bias, self.eps)
         if self.track_running_stats:
             count = x.numel() // x.shape[1] * dist.get_world_size()
-            self.num_batches_tracked += 1  # the running variance is the unbiased one
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked += 1
+            share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)  # the running variance is the unbiased one
+            self.running_var.lerp_(variance * (count / (count - 1)), share)
         return y
 
 
@@ -75,7 +80,8 @@ def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
-            new = CrossReplicaBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+            settings = child.num_features, child.eps, child.momentum, child.affine
+            new = CrossReplicaBatchNorm(*settings, child.track_running_stats)
             new._parameters, new._buffers = child._parameters, child._buffers
             new.training = child.training
             setattr(module, name, new)

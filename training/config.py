@@ -117,6 +117,12 @@ class RunConfig:
         low=0,
         trajectory=False,
     )
+    replicas_every: int = option(
+        1000,
+        "steps between comparisons of the processes' weights, besides each save (0: none)",
+        low=0,
+        trajectory=False,
+    )
     knn_every: int = option(
         1000, "steps between k-NN and collapse figures (0: never)", low=0, trajectory=False
     )

@@ -130,8 +130,7 @@ def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return Processes(rank, world_size, device, quiet)
+    return Processes(own_rank(), world_size, device, quiet)
 
 
 def finish() -> None:
@@ -191,11 +190,52 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_batch(values: Tensor, processes: Processes) -> Tensor:
-    """The ranks' equal shares (B, ...) one after the other, on every rank; without gradient."""
-    everything = values.new_zeros(processes.world_size, *values.shape)
-    everything[processes.rank] = values
-    return sum_over_ranks(everything).flatten(0, 1)
+class _Gather(torch.autograd.Function):
+    """The ranks' tensors one after the other; backward, what all of them ask of one's own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """(B, ...) of each rank, equal shares, as (world_size B, ...) on all; x itself where one is.
+
+    Gradients flow to every rank, so that a loss may compare images of different ranks.  It may be
+    the mean over a rank's own rows or, alike on all, that over all rows: DDP's mean over the ranks
+    makes the gradient of the global batch of either.  A rank's own rows start at own_rank() B.
+    """
+    return _Gather.apply(x.contiguous()) if dist.is_initialized() else x
+
+
+def own_rank() -> int:
+    """This process's place among all."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first_difference(tensors: dict[str, Tensor]) -> str:
+    """The name of the first tensor that is not the same, bit by bit, on all ranks; "" if none.
+
+    Sums of the values' bits are compared, in one small collective: a single weight is found.
+    """
+    if not dist.is_initialized():
+        return ""
+    bits = {1: torch.uint8, 2: torch.int16}  # else pieces of 4 bytes, whose sum has room
+    flat = [t.detach().reshape(-1) for t in tensors.values()]
+    flat = [values.view(bits.get(values.element_size(), torch.int32)) for values in flat]
+    sums = torch.stack([values.sum(dtype=torch.int64) for values in flat])
+    extremes = torch.stack([sums, -sums])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    differs = (extremes[0] != -extremes[1]).tolist()
+    return next((name for name, differ in zip(tensors, differs, strict=True) if differ), "")
 
 
 def broadcast_buffers(method: nn.Module) -> None:

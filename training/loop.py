@@ -63,7 +63,7 @@ def train_steps(
     for k in range(start, min(stop or total, total)):
         lr = learning_rate(peak, k, warmup, total)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = peak if group.get("constant") else lr
         model.train()
         seed_step(loader.seed, k, loader.processes.rank)
         loss_of_step = 0.0

@@ -55,7 +55,10 @@ class Method(nn.Module):
         return {}
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Optimizer groups by dimension: 1-D parameters get no weight decay, no LARS adaptation."""
+        """Optimizer groups by dimension: 1-D parameters get no weight decay, no LARS adaptation.
+
+        A group with "constant": True keeps the peak of the rate.
+        """
         trained = [p for p in self.parameters() if p.requires_grad]
         return [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},

@@ -11,7 +11,7 @@ import torch
 
 from training import distributed
 from training.checkpoints import Checkpoints, restore, resume_state, training_state
-from training.config import UserError, as_dict
+from training.config import RunError, UserError, as_dict
 from training.loop import Step, train_steps
 from training.optimizers import build_optimizer
 from training.precision import Precision, pick_precision
@@ -52,17 +52,27 @@ class Session:
         self.facts = {"images": len(loader.images), "precision": self.precision.name}
         self.done, self.before, self.began = 0, 0.0, time.perf_counter()
         try:
-            state = resume_state(self.checkpoints, run.resume, config, method, self.facts)
-            if state:
-                self._go_on(state)
+            state = self._resume()
+            self.compare_replicas()
             changed = run.override and (not state or bool(state["changed"]))
             self.folder.write_config(as_dict(config), self.done, changed)
-        except BaseException as error:
+        except BaseException:
             self.folder.close()  # or this process would hold the lock for as long as it lives
-            if isinstance(error, BAD_STATE) and not isinstance(error, torch.OutOfMemoryError):
-                text = f"{type(error).__name__}: {str(error)[:80]}"
-                raise UserError(f"--resume: not a training state of this code ({text})") from error
             raise
+
+    def _resume(self) -> dict | None:
+        """Take over the state of the checkpoint that --resume names, if it names one."""
+        resume = self.config.run.resume
+        try:
+            state = resume_state(self.checkpoints, resume, self.config, self.method, self.facts)
+            if state:
+                self._go_on(state)
+            return state
+        except torch.OutOfMemoryError:
+            raise
+        except BAD_STATE as error:
+            text = f"{type(error).__name__}: {str(error)[:80]}"
+            raise UserError(f"--resume: not a training state of this code ({text})") from error
 
     def _go_on(self, state: dict) -> None:
         """Take over the state of a checkpoint."""
@@ -135,7 +145,10 @@ class Session:
         self.done = step.index + 1
         due = self.checkpoints.due(step) or step.index == self.stop - 1
         watch.look(step, self.method, self.optimizer, saving=due)
-        if not (due or watch.stop or watch.save):
+        saving, every = due or watch.stop or watch.save, self.config.run.replicas_every
+        if saving or (every and self.done % every == 0):
+            self.compare_replicas()
+        if not saving:
             return
         self.share_buffers()
         if self.processes.main:
@@ -146,6 +159,18 @@ class Session:
             self.checkpoints.save(self.done, state)
         if watch.stop:  # a launcher ends all when the first has left
             distributed.barrier()
+
+    def compare_replicas(self) -> None:
+        """RunError, on all ranks alike, where they stand at other steps or hold other weights."""
+        local = self.config.run.batch_norm == "local"  # then buffers differ
+        tensors = {"the number of steps": torch.tensor([self.done], device=self.processes.device)}
+        tensors |= dict(self.method.named_parameters() if local else self.method.state_dict())
+        if name := distributed.first_difference(tensors):
+            raise RunError(
+                f"{name} differs between the processes after step {self.done:,}: checkpoints on "
+                "different disks, a target or buffer that moves by a process's own state, unlike "
+                "machines or a faulty one; the newest checkpoint is from before"
+            )
 
     def share_buffers(self) -> None:
         """Before evaluating and saving: with local batch norm, rank 0's buffers for all."""

@@ -52,6 +52,30 @@ def test_two_processes_are_one_batch(kind, shape):
         torch.testing.assert_close(mine, reference, **exact)
 
 
+def without(x, dtype):
+    """No scale and offset, and statistics averaged over all batches."""
+    plain = nn.BatchNorm2d(3, affine=False, momentum=None).to(dtype)
+    layer = convert_batch_norm(nn.Sequential(plain), CPU)[0]
+    mine = x.to(dtype).chunk(2)[dist.get_rank()].requires_grad_(True)
+    for scale in (1, 2):
+        y = layer(scale * mine)
+    y.square().sum().backward()
+    return y.detach(), layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_without_scale_and_with_cumulative_statistics(dtype):
+    torch.manual_seed(3)
+    x, reference = torch.randn(8, 3, 2, 2), nn.BatchNorm2d(3, affine=False, momentum=None).to(dtype)
+    for scale in (1, 2):
+        y = reference(scale * x.to(dtype))
+    outputs = forked.run(without, x, dtype, ranks=2)
+    torch.testing.assert_close(torch.cat([o[0] for o in outputs]), y)
+    for found in outputs:
+        torch.testing.assert_close(found[1], reference.running_mean)
+        torch.testing.assert_close(found[2], reference.running_var)
+
+
 def low_precision(x, dtype):
     layer = convert_batch_norm(nn.Sequential(norm(nn.BatchNorm2d, torch.float32)), CPU)[0]
     y = layer(x.to(dtype).chunk(2)[dist.get_rank()])

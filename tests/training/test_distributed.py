@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from conftest import digest
 
+import train_byol
 from byol.byol import BYOL
 from byol.networks import Encoder
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
 from training import distributed
+from training.checkpoints import Checkpoints
 from training.config import UserError
 from training.distributed import RELAUNCHED, Processes, relaunch_if_needed
 from training.loop import train_steps
@@ -76,6 +78,99 @@ def test_local_batch_norm_shares_rank_0s_buffers_on_request(subset):
     assert before1 != before2  # each had statistics of its own
     assert digest(first) == digest(second)
     assert before1 == digest(first)  # and rank 0's won
+
+
+# gathering and comparing
+
+
+def gathered(x, weights):
+    """A loss that compares all rows; the gradient of this rank's, averaged as DDP does."""
+    rank, ranks = distributed.own_rank(), dist.get_world_size()
+    mine = x.chunk(ranks)[rank].clone().requires_grad_(True)
+    own = weights.chunk(ranks)[rank]
+    everything = distributed.gather(mine)
+    (own * (mine @ everything.T).tanh()).sum(1).mean().backward()
+    return everything.detach(), mine.grad / ranks
+
+
+def test_gradients_through_a_gather_are_those_of_the_whole_batch():
+    torch.manual_seed(0)
+    x, weights = torch.randn(6, 4, dtype=torch.float64), torch.rand(6, 6, dtype=torch.float64)
+    whole = x.clone().requires_grad_(True)
+    (weights * (whole @ whole.T).tanh()).sum(1).mean().backward()
+    for ranks in (2, 3):
+        found = forked.run(gathered, x, weights, ranks=ranks)
+        assert all(torch.equal(everything, x) for everything, _ in found)
+        torch.testing.assert_close(torch.cat([grad for _, grad in found]), whole.grad)
+
+
+def test_alone_there_is_nothing_to_gather():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert distributed.gather(x) is x and distributed.own_rank() == 0
+
+
+def difference(change):
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(5), "c": torch.ones(2).double()}
+    tensors |= {"d": torch.tensor([True, False]), "e": torch.ones(3, dtype=torch.bfloat16)}
+    if dist.get_rank() == 1:
+        change(tensors)
+    return distributed.first_difference(tensors)
+
+
+def next_float(tensors):
+    tensors["a"][1, 2] = torch.nextafter(tensors["a"][1, 2], torch.tensor(9.0))
+    tensors["c"] += 1
+
+
+@pytest.mark.parametrize("change, name", [
+    (lambda t: None, ""), (next_float, "a"), (lambda t: t["b"].add_(1), "b"),
+    (lambda t: t["c"].neg_(), "c"), (lambda t: t["d"].logical_not_().fill_(True), "d"),
+    (lambda t: t["e"].mul_(2), "e"),
+])  # fmt: skip
+def test_the_first_tensor_that_differs_between_ranks_is_named(change, name):
+    assert forked.run(difference, change, ranks=2) == [name, name]
+
+
+class Drifting(BYOL):
+    """On rank 1, one weight of the encoder moves by itself in step 5."""
+
+    def after_step(self, progress):
+        logs = super().after_step(progress)
+        if distributed.own_rank() == 1 and progress == 0.5:
+            with torch.no_grad():
+                self.encoder.layer3[0].bn1.weight[0] += 1e-3
+        return logs
+
+
+@pytest.mark.parametrize("every", ["2", "0"])
+def test_N6_a_replica_that_drifts_is_told_by_the_parameters_name(sample, recipe, tmp_path, every):
+    """By --replicas-every, or before the next save at the latest."""
+    out = tmp_path / "run"
+    flags = ["--recipe", recipe, "--out", str(out), "--replicas-every", every, "--save-every", "2"]
+    outcomes = forked.Children(train_byol.main, Drifting, flags, ranks=2).wait()
+    assert [o.code for o in outcomes] == [1, 1]
+    text = outcomes[0].output  # rank 1 would have told it later, were it not for the launcher
+    assert "encoder.layer3.0.bn1.weight differs between the processes after step 6" in text
+    names = sorted(p.name for p in (out / "checkpoints").glob("*.pt"))
+    assert names[-1] == "step-00000004.pt"
+
+
+def at_different_steps(recipe, out):
+    if dist.get_rank() == 1:  # as if its disk were another one
+        everything = Checkpoints.list
+        Checkpoints.list = lambda self: everything(self)[:1]
+    train_byol.main(argv=["--recipe", recipe, "--out", str(out), "--resume"])
+
+
+def test_ranks_that_resume_at_different_steps_stop(sample, recipe, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--recipe", recipe, "--out", str(out), "--stop-after", "4", "--save-every", "2"]
+    forked.run(train_byol.main, BYOL, flags, ranks=2)
+    outcomes = forked.Children(at_different_steps, recipe, out, ranks=2).wait()
+    assert [o.code for o in outcomes] == [1, 1]
+    assert "the number of steps differs between the processes" in "".join(
+        o.output for o in outcomes
+    )
 
 
 # which start replaces itself by torchrun
