@@ -19,6 +19,7 @@ from data.datasets import Dataset  # noqa: E402
 from data.images import Images  # noqa: E402
 
 torch.set_num_threads(1)
+pytest_plugins = ["launchers"]  # fixtures that start torchrun
 HAS_CUDA = torch.cuda.device_count() > 0
 GPU_ENVIRONMENT = dict(os.environ)
 # CUDA doesn't survive a fork; tests marked gpu run in fresh processes, which get it back.
@@ -53,6 +54,26 @@ projection = 32
 [simsiam]
 projection = 32
 hidden = 16
+
+[simclr]
+hidden = 32
+projection = 16
+
+[barlow_twins]
+projection = 32
+
+[vicreg]
+projection = 32
+
+[moco_v3]
+hidden = 32
+projection = 16
+
+[dino]
+hidden = 32
+prototypes = 64
+local_views = 2
+local_size = 8
 
 [baseline]
 optimizer = "sgd"

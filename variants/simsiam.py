@@ -50,6 +50,13 @@ class SimSiam(Method):
             "prediction": torch.stack(prediction),
         }
 
+    def parameter_groups(self, weight_decay):
+        """Decay on all parameters; the predictor's rate does not fall (Sec. 4.1, App. A)."""
+        others = [*self.encoder.parameters(), *self.projector.parameters()]
+        decay = {"weight_decay": weight_decay}
+        predictor = {"params": [*self.predictor.parameters()], "constant": True, **decay}
+        return [{"params": others, **decay}, predictor]
+
     def loss(self, outputs):
         """Mean over both directions of the negative cosine, -1..1 (eq. 2; stop-gradient eq. 3)."""
         (p1, p2), (z1, z2) = outputs["prediction"], outputs["projection"].detach()

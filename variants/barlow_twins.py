@@ -1,0 +1,64 @@
+"""Barlow Twins (arXiv 2103.03230): the views' features agree, and no two features say the same.
+
+python -m variants.barlow_twins --recipe recipes/sample.toml
+torchrun -m variants.barlow_twins --gpus 4
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from train_byol import main
+from training.distributed import gather
+from training.method import Method, option
+
+
+def cross_correlation(z1: Tensor, z2: Tensor) -> Tensor:
+    """Correlation (D, D) over the batch of each feature of view 1 with each of view 2 (eq. 2)."""
+    z1, z2 = ((z - z.mean(0)) / (z.std(0, correction=0) + 1e-5) for z in (z1, z2))
+    return z1.T @ z2 / len(z1)
+
+
+class BarlowTwins(Method):
+    """The views' cross-correlation approaches the identity: redundancy reduction."""
+
+    name = "barlow_twins"
+    defaults = {"optim": {"optimizer": "lars", "lr": 0.2, "weight_decay": 1.5e-6}}  # Sec. 2.2
+
+    @dataclass
+    class Config:
+        """[barlow_twins]: head and weight of the two terms."""
+
+        projection: int = option(2048, "size of the projector's three layers (paper: 8192)", low=1)
+        off_diagonal: float = option(0.005, "lambda, weight of the redundancy term", low=0)
+        scale: float = option(0.024, "factor of the whole loss, as in the authors' code", low=0)
+
+    def __init__(self, encoder: nn.Module, config: Config) -> None:
+        super().__init__(encoder, config)
+        d, layers, inputs = config.projection, [], encoder.feature_size
+        for _ in range(2):
+            layers += [nn.Linear(inputs, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(inplace=True)]
+            inputs = d
+        self.projector = nn.Sequential(*layers, nn.Linear(d, d, bias=False))
+
+    def forward(self, view1, view2):
+        representation = [self.encoder(view) for view in (view1, view2)]
+        projection = [self.projector(y) for y in representation]
+        return {
+            "representation": torch.stack(representation),
+            "projection": torch.stack(projection),
+        }
+
+    def loss(self, outputs):
+        """Squared distance of the correlation over the GLOBAL batch to the identity (eq. 1)."""
+        z1, z2 = gather(outputs["projection"].transpose(0, 1)).unbind(1)
+        c = cross_correlation(z1, z2)
+        invariance = (c.diagonal() - 1).square().sum()
+        redundancy = c.square().sum() - c.diagonal().square().sum()
+        loss = self.config.scale * (invariance + self.config.off_diagonal * redundancy)
+        return loss, {"invariance": invariance.detach(), "redundancy": redundancy.detach()}
+
+
+if __name__ == "__main__":
+    main(BarlowTwins)

@@ -1,0 +1,52 @@
+"""MoCo v3 (arXiv 2104.02057): a moving target network as in BYOL, a contrast over the batch.
+
+python -m variants.moco_v3 --recipe recipes/sample.toml
+torchrun -m variants.moco_v3 --gpus 4
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from byol.byol import BYOL
+from train_byol import main
+from training.distributed import gather, own_rank
+from training.method import option
+
+
+def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
+    """2 T cross-entropy of finding each query's key among those of the GLOBAL batch (eq. 1).
+
+    q, k (B, D), of this rank; keys have no gradient.
+    """
+    q, k = normalize(q, dim=1), gather(normalize(k.detach(), dim=1))
+    own = own_rank() * len(q) + torch.arange(len(q), device=q.device)
+    return 2 * temperature * cross_entropy(q @ k.T / temperature, own)
+
+
+class MoCoV3(BYOL):
+    """BYOL's networks and moving target; the loss is contrastive.
+
+    The heads are BYOL's: MoCo v3's have a batch norm at their end as well.
+    """
+
+    name = "moco_v3"
+    defaults = {"optim": {"optimizer": "lars", "lr": 0.3, "weight_decay": 1.5e-6}}  # App. A
+
+    @dataclass
+    class Config(BYOL.Config):
+        """[moco_v3]: BYOL's options and a temperature."""
+
+        temperature: float = option(1.0, "of the softmax over the batch", low=0.001)
+
+    def loss(self, outputs):
+        """The sum of both directions (Algorithm 1)."""
+        (q1, q2), (k1, k2) = outputs["prediction"], outputs["target"]
+        t = self.config.temperature
+        return contrast(q1, k2, t) + contrast(q2, k1, t), {}
+
+
+if __name__ == "__main__":
+    main(MoCoV3)

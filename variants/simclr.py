@@ -1,0 +1,69 @@
+"""SimCLR (arXiv 2002.05709): two views of an image attract, all other images of the batch repel.
+
+python -m variants.simclr --recipe recipes/sample.toml
+torchrun -m variants.simclr --gpus 4
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from byol.networks import mlp
+from train_byol import main
+from training.distributed import gather, own_rank
+from training.method import Method, option
+
+
+def nt_xent(z: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of finding the other view among all images of the batch (eq. 1).
+
+    z (2, B, D), this rank's projections; the others' are gathered, with gradients.
+    """
+    z = normalize(z, dim=2)
+    batch = z.shape[1]
+    everything = gather(z.transpose(0, 1))  # (world B, 2, D): a row is an image
+    logits = z.flatten(0, 1) @ everything.flatten(0, 1).T / temperature
+    first = 2 * (own_rank() * batch + torch.arange(batch, device=z.device))  # view 1's columns
+    itself, other = torch.cat([first, first + 1]), torch.cat([first + 1, first])
+    logits = logits.scatter(1, itself[:, None], float("-inf"))
+    return cross_entropy(logits, other)
+
+
+class SimCLR(Method):
+    """An encoder and a projector, trained by the normalised temperature-scaled cross-entropy.
+
+    Views are the recipe's, as for all methods here: SimCLR's own have twice the colour jitter.
+    """
+
+    name = "simclr"
+    defaults = {"optim": {"optimizer": "lars", "lr": 0.3, "weight_decay": 1e-6}}  # Sec. 2.2
+
+    @dataclass
+    class Config:
+        """[simclr]: head and temperature."""
+
+        hidden: int = option(2048, "hidden size of the projector", low=1)
+        projection: int = option(128, "output size of the projector", low=1)
+        temperature: float = option(0.5, "of the softmax over the batch", low=0.001)
+
+    def __init__(self, encoder: nn.Module, config: Config) -> None:
+        super().__init__(encoder, config)
+        self.projector = mlp(encoder.feature_size, config.hidden, config.projection)
+
+    def forward(self, view1, view2):
+        representation = [self.encoder(view) for view in (view1, view2)]
+        projection = [self.projector(y) for y in representation]
+        return {
+            "representation": torch.stack(representation),
+            "projection": torch.stack(projection),
+        }
+
+    def loss(self, outputs):
+        """Mean over both views of all images (Algorithm 1)."""
+        return nt_xent(outputs["projection"], self.config.temperature), {}
+
+
+if __name__ == "__main__":
+    main(SimCLR)

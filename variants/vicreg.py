@@ -1,0 +1,76 @@
+"""VICReg (arXiv 2105.04906): views agree, each feature varies, features do not covary.
+
+python -m variants.vicreg --recipe recipes/sample.toml
+torchrun -m variants.vicreg --gpus 4
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from train_byol import main
+from training.distributed import gather
+from training.method import Method, option
+
+
+def variance(z: Tensor) -> Tensor:
+    """Mean hinge of the standard deviations (N, D) below 1 (eq. 1)."""
+    return (1 - (z.var(0) + 1e-4).sqrt()).clamp(min=0).mean()
+
+
+def covariance(z: Tensor) -> Tensor:
+    """Sum of the squared covariances of different features (N, D), over D (eq. 3, 4)."""
+    z = z - z.mean(0)
+    c = z.T @ z / (len(z) - 1)
+    return (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
+
+
+class VICReg(Method):
+    """Variance, invariance and covariance of the views' expansions, without normalisation."""
+
+    name = "vicreg"
+    defaults = {"optim": {"optimizer": "lars", "lr": 0.2, "weight_decay": 1e-6}}  # App. C.1
+
+    @dataclass
+    class Config:
+        """[vicreg]: head and the weights of the three terms (Sec. 4.2)."""
+
+        projection: int = option(2048, "size of the expander's three layers (paper: 8192)", low=1)
+        invariance: float = option(25.0, "lambda", low=0)
+        variance: float = option(25.0, "mu", low=0)
+        covariance: float = option(1.0, "nu", low=0)
+
+    def __init__(self, encoder: nn.Module, config: Config) -> None:
+        super().__init__(encoder, config)
+        d, layers, inputs = config.projection, [], encoder.feature_size
+        for _ in range(2):
+            layers += [nn.Linear(inputs, d), nn.BatchNorm1d(d), nn.ReLU(inplace=True)]
+            inputs = d
+        self.projector = nn.Sequential(*layers, nn.Linear(d, d, bias=False))
+
+    def forward(self, view1, view2):
+        representation = [self.encoder(view) for view in (view1, view2)]
+        projection = [self.projector(y) for y in representation]
+        return {
+            "representation": torch.stack(representation),
+            "projection": torch.stack(projection),
+        }
+
+    def loss(self, outputs):
+        """The weighted sum over the GLOBAL batch (eq. 6), averaged as in the authors' code.
+
+        That is: the squared difference over N and D, the variance's hinge over both views.
+        """
+        z1, z2 = gather(outputs["projection"].transpose(0, 1)).unbind(1)
+        terms = {
+            "invariance": (z1 - z2).square().mean(),
+            "variance": variance(z1) / 2 + variance(z2) / 2,
+            "covariance": covariance(z1) + covariance(z2),
+        }
+        loss = sum(getattr(self.config, name) * term for name, term in terms.items())
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+
+if __name__ == "__main__":
+    main(VICReg)
