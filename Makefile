@@ -16,6 +16,9 @@ test-slow: $(VENV)/.installed-tests
 test-faults: $(VENV)/.installed-tests
 	$(BIN)/python -m pytest -m faults
 
+test-scale: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest -m scale
+
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,4 +29,4 @@ $(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test test-slow test-faults
+.PHONY: demo test test-slow test-faults test-scale

@@ -1,0 +1,227 @@
+"""Several processes and several machines; here each machine is an agent of torchrun of its own.
+
+Those marked `scale` run with `make test-scale`.
+"""
+
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import digest, metrics
+from launchers import TORCHRUN, equal, newest, rows, settings
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_byol
+from baseline.baseline import Baseline
+from byol.byol import BYOL
+from byol.networks import Encoder, parameter_count
+from data.loader import Loader
+from data.views import View2Config, ViewConfig
+from training import distributed
+from training.checkpoints import Checkpoints
+from training.distributed import Processes
+from training.loop import train_steps
+from training.optimizers import build_optimizer
+from training.precision import Precision
+from variants.barlow_twins import BarlowTwins
+from variants.dino import DINO
+from variants.moco_v3 import MoCoV3
+from variants.simclr import SimCLR
+from variants.simsiam import SimSiam
+from variants.vicreg import VICReg
+
+ROOT = Path(train_byol.__file__).parent
+CPU = torch.device("cpu")
+scale = pytest.mark.scale
+METHODS = {
+    "byol": lambda e: BYOL(e, BYOL.Config(hidden=16, projection=8)),
+    "simsiam": lambda e: SimSiam(e, SimSiam.Config(projection=16, hidden=8)),
+    "simclr": lambda e: SimCLR(e, SimCLR.Config(hidden=16, projection=8)),
+    "barlow_twins": lambda e: BarlowTwins(e, BarlowTwins.Config(projection=8)),
+    "vicreg": lambda e: VICReg(e, VICReg.Config(projection=8)),
+    "moco_v3": lambda e: MoCoV3(e, MoCoV3.Config(hidden=16, projection=8)),
+    "dino": lambda e: DINO(e, DINO.Config(16, prototypes=12, local_views=2, local_size=12)),
+    "baseline": lambda e: Baseline(e, Baseline.Config(), classes=10),
+}
+
+
+def train(data, name: str, accumulate: int, steps: int, dtype):
+    """(final state, losses of the global batch) of `steps` steps, batch 32."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    processes = Processes(distributed.own_rank(), ranks, CPU)
+    torch.manual_seed(0)
+    method = METHODS[name](Encoder("resnet18", "small", 1 / 16)).to(dtype)
+    images, labels = data.unlabelled, None
+    if method.uses_labels:
+        images, labels = data.train, data.train_labels
+    views = method.views or (ViewConfig(), View2Config())
+    sizes, normalisation = (16, 32), images.statistics()
+    loader = Loader(images, labels, views, *sizes, *normalisation, accumulate=accumulate,
+                    processes=processes, dtype=dtype)  # fmt: skip
+    model = distributed.wrap(method, processes, "sync")
+    kind, peak = (
+        ("lars", 0.5) if name == "byol" else ("sgd", 0.005)
+    )  # LARS hides a gradient's scale
+    optimizer = build_optimizer(kind, method.parameter_groups(1e-3), 0.9)
+    found, precision = [], Precision("fp32", CPU)
+    for step in train_steps(model, loader, optimizer, precision, peak=peak, warmup=2, total=steps):
+        found.append(float(distributed.sum_over_ranks(step.loss.clone().double())) / ranks)
+    return {k: v.clone() for k, v in method.state_dict().items()}, found
+
+
+@pytest.mark.parametrize("name, ranks, accumulate, steps", [
+    *((name, 2, 1, 3) for name in METHODS),
+    *(pytest.param(n, r, a, 20, marks=scale)
+      for n in ("byol", "baseline", "simclr") for r, a in ((2, 2), (4, 1))),
+])  # fmt: skip
+def test_any_number_of_processes_is_one(subset, name, ranks, accumulate, steps):
+    """In float64 weights, running statistics and losses agree to 1e-9 of a process's own."""
+    one, losses = train(subset, name, accumulate, steps, torch.float64)
+    several = forked.run(train, subset, name, accumulate, steps, torch.float64, ranks=ranks)
+    assert len({digest(state) for state, _ in several}) == 1
+    assert all(found == several[0][1] for _, found in several)
+    assert several[0][1] == pytest.approx(losses, rel=1e-9)
+    for key, value in one.items():
+        torch.testing.assert_close(several[0][0][key], value, rtol=1e-9, atol=1e-9, msg=key)
+    assert losses[0] != losses[-1]
+
+
+@scale
+@pytest.mark.parametrize("name", ["byol", "baseline", "simclr"])
+def test_four_processes_in_float32_agree_as_far_as_it_goes(subset, name):
+    """The losses of three steps to 1e-4, of 20 to a fifth: training amplifies what is rounded."""
+    _, losses = train(subset, name, 1, 20, torch.float32)
+    (_, found), *_ = forked.run(train, subset, name, 1, 20, torch.float32, ranks=4)
+    assert found[:3] == pytest.approx(losses[:3], rel=1e-4)
+    assert found == pytest.approx(losses, rel=0.2)
+
+
+# Several machines
+
+
+def agent(port: int, nodes: str, *more) -> list:
+    """One machine of several: the words before the script."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id",
+                  "test", "--rdzv-conf", "last_call_timeout=10,keep_alive_interval=1",
+                  "--local-addr", "127.0.0.1"]  # fmt: skip
+    return ["-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", 1, *rendezvous,
+            *more, "train_byol.py"]  # fmt: skip
+
+
+@pytest.fixture
+def port(monkeypatch) -> int:
+    # or the machines that are left never tell a newcomer where to meet (torch 2.14)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    """Whether the first machine is there: it holds the rendezvous, and is not to die."""
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
+
+
+def saved_by_two(out) -> bool:
+    return Checkpoints(out / "checkpoints", 0).newest_valid()["processes"] == 2
+
+
+@scale
+def test_two_machines_are_one(two, tmp_path, launch, port):
+    out = tmp_path / "run"
+    flags = settings(two / "tiny.toml", out)
+    machines = [launch(*agent(port, "2"), *flags) for _ in range(2)]
+    assert [machine.wait() for machine in machines] == [0, 0]
+    assert equal(out, two)
+
+
+@scale
+def test_a_machine_that_dies_and_comes_back_goes_on_from_the_checkpoint(
+    two, tmp_path, launch, port
+):
+    out = tmp_path / "run"
+    words = [*agent(port, "2", "--max-restarts", 3), *settings(two / "tiny.toml", out), "--resume"]
+    first = launch(*words)
+    first.until(lambda: listens(port))
+    second = launch(*words)
+    second.until(lambda: rows(out) >= 7 and first.ranks() and second.ranks() and saved_by_two(out))
+    os.kill(second.process.pid, signal.SIGKILL)
+    second.process.wait()
+    second.gone(10)
+    again = launch(*words)
+    assert first.wait(150) == 0 and again.wait(30) == 0, first.log.read_text()
+    assert equal(out, two)
+
+
+@scale
+def test_with_elastic_sizes_the_machine_that_is_left_goes_on_alone(two, tmp_path, launch, port):
+    """The same images and global batch: losses bit by bit up to a checkpoint, then rounded."""
+    out = tmp_path / "run"
+    flags = [*settings(two / "tiny.toml", out), "--resume", "--log-every", 1]
+    words = [*agent(port, "1:2", "--max-restarts", 3), *[f for f in flags if f != "--quiet"]]
+    machines = [launch(*words)]
+    machines[0].until(lambda: listens(port))
+    machines.append(launch(*words))
+    machines[0].until(
+        lambda: rows(out) >= 7 and all(m.ranks() for m in machines) and saved_by_two(out)
+    )
+    machines[1].process.kill()
+    machines[1].process.wait()
+    machines[1].gone(10)
+    assert machines[0].wait(150) == 0, machines[0].log.read_text()
+    assert "going on with 1 processes after 2" in machines[0].log.read_text()
+    losses = [[row["loss"] for row in metrics(run)] for run in (out, two / "run")]
+    assert losses[0][:5] == losses[1][:5] and newest(out) == 40
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@scale
+def test_S8_a_rank_that_stands_still_ends_the_job_after_the_timeout(two, tmp_path, launch):
+    out = tmp_path / "run"
+    flags = [*settings(two / "tiny.toml", out, steps=100000), "--dist-timeout", 5]
+    run = launch(*TORCHRUN, "train_byol.py", *flags)
+    run.until(lambda: rows(out) >= 3 and len(run.ranks()) == 2)
+    os.kill(run.ranks()[1], signal.SIGSTOP)
+    assert run.wait(90) == 1
+    assert "lost touch with another process" in run.log.read_text()
+
+
+# What a step costs
+
+
+def counted(arch: str, side: int) -> dict[str, float]:
+    """GFLOP an image of both passes, MB of gradients, batch norm's collectives of a step."""
+    with torch.device("meta"):
+        method, view = BYOL(Encoder(arch), BYOL.Config()), torch.empty(2, 3, side, side)
+        with FlopCounterMode(display=False) as forward:
+            loss, _ = method.loss(method(view, view))
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    norms = [m for m in method.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    trained = [m for m in norms if m.weight.requires_grad]
+    return {
+        "forward": forward.get_total_flops() / 2 / 1e9,
+        "backward": backward.get_total_flops() / 2 / 1e9,
+        "gradients": parameter_count(method) * 4 / 1e6,
+        "collectives": 2 * (len(norms) + len(trained)),  # two views; forward, and backward
+    }
+
+
+@pytest.mark.parametrize("arch, side", [("resnet18", 96), ("resnet18", 224), ("resnet50", 224)])
+def test_the_documents_counts_are_those_of_the_code(arch, side):
+    name = {"resnet18": "ResNet-18", "resnet50": "ResNet-50"}[arch]
+    text = (ROOT / "docs/scaling.md").read_text()
+    line = re.findall(rf"^\| {name}, {side} px \|(.*)\|$", text, re.MULTILINE)[0]
+    forward, backward, gradients, collectives = (float(cell) for cell in line.split("|"))
+    found = counted(arch, side)
+    assert found == pytest.approx(
+        {"forward": forward, "backward": backward, "gradients": gradients,
+         "collectives": collectives}, rel=5e-3
+    )  # fmt: skip
