@@ -90,10 +90,10 @@ class Training:
 
     def bare(self) -> int:
         """The same network on the same tensors again and again: no data, no records, no checks."""
-        s = self.session
+        s, views = self.session, self.fixed
         for _ in range(self.steps):
             with s.precision.autocast():
-                outputs = s.model(*self.fixed)
+                outputs = s.model(*views)
             loss, _ = s.method.loss({k: v.float() for k, v in outputs.items()})
             s.precision.backward(loss)
             s.precision.step(s.optimizer)
@@ -111,7 +111,7 @@ class Training:
     def kept(self) -> int:
         """Bytes that the forward pass of a step keeps for the backward pass, weights left out."""
         own = {p.untyped_storage().data_ptr() for p in self.session.method.parameters()}
-        found = {}
+        found, views = {}, self.fixed
 
         def pack(tensor):
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -119,7 +119,7 @@ class Training:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             with self.session.precision.autocast():
-                outputs = self.session.model(*self.fixed)
+                outputs = self.session.model(*views)
         del outputs
         return sum(size for address, size in found.items() if address not in own)
 
@@ -194,7 +194,7 @@ def matrix_product(dtype, size: int = 2048) -> float:
         synchronise()
         return 2 * size**3
 
-    return statistics.median(timing.alternate({"product": work}, 5)["product"]) / 1e9
+    return statistics.median(timing.alternate({"product": work}, 20)["product"]) / 1e9
 
 
 def write_stl10(root: Path, train: int, test: int, unlabelled: int) -> list[str]:
