@@ -7,7 +7,6 @@ Same network, heads, batch and images on both sides.
 """
 
 import copy
-import gc
 import itertools
 import statistics
 import sys
@@ -117,19 +116,19 @@ def training(options):
         steps = 1 if options.tiny else 320 // side
         images = 256 if options.tiny else 1024
         with tempfile.TemporaryDirectory() as folder:
-            sides = {"ours": Training(side, images, f"{folder}/run", steps)}
+            sides = {"ours": timing.Apart(Training, side, images, f"{folder}/run", steps)}
             for workers in (0,) if options.tiny else (0, 1, 2):
-                sides[f"lightly, {workers} workers"] = Peer(side, images, steps, workers, False)
-                sides[f"lightly bf16, {workers} workers"] = Peer(side, images, steps, workers, True)
+                for kind, tuned in (("lightly", False), ("lightly bf16", True)):
+                    peer = timing.Apart(Peer, side, images, steps, workers, tuned)
+                    sides[f"{kind}, {workers} workers"] = peer
             rates = timing.alternate(sides, options.rounds)
-            sides["ours"].close()
+            for process in sides.values():
+                process.close()
         for kind in ("lightly, ", "lightly bf16, "):
             best = max(
                 (n for n in rates if n.startswith(kind)), key=lambda n: statistics.median(rates[n])
             )
             yield timing.row(f"training / {kind}{side} px", rates, "ours", best)
-        del sides
-        gc.collect()
 
 
 def views(options):

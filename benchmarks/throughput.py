@@ -215,7 +215,7 @@ def evaluation(options):
     """linear_eval.py without its imports against the encoder's forward passes."""
     train, test = (20, 20) if options.tiny else (5000, 8000)
     with tempfile.TemporaryDirectory() as folder:
-        flags = write_stl10(Path(folder), train, test, 10)
+        flags = write_stl10(Path(folder), train, test, 10 if options.tiny else 100_000)
         encoder = Encoder("resnet18", "imagenet").to(memory_format=torch.channels_last)
         meta = {"arch": "resnet18", "stem": "imagenet", "width": 1.0, "crop_size": 96}
         meta |= {"mean": MEAN, "std": STD, "method": "byol", "seed": 0}

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -13,6 +14,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+
+class Apart:
+    """A side in a process of its own, as a user runs it; `make(*arguments)` builds it there."""
+
+    def __init__(self, make: Callable, *arguments) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments))
+        self.process.start()
+
+    def __call__(self) -> int:
+        self.pipe.send(True)
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        """End its process."""
+        self.pipe.send(False)
+        self.process.join()
+
+
+def _serve(pipe, make: Callable, arguments: tuple) -> None:
+    side = make(*arguments)
+    while pipe.recv():
+        pipe.send(side())
 
 
 def alternate(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:

@@ -3,11 +3,13 @@
 Those marked `scale` run with `make test-scale`.
 """
 
+import json
 import os
 import re
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import digest, metrics
 from launchers import TORCHRUN, equal, newest, rows, settings
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_byol
@@ -23,7 +26,7 @@ from byol.byol import BYOL
 from byol.networks import Encoder, parameter_count
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
-from training import distributed
+from training import batchnorm, distributed
 from training.checkpoints import Checkpoints
 from training.distributed import Processes
 from training.loop import train_steps
@@ -100,6 +103,22 @@ def test_four_processes_in_float32_agree_as_far_as_it_goes(subset, name):
     (_, found), *_ = forked.run(train, subset, name, 1, 20, torch.float32, ranks=4)
     assert found[:3] == pytest.approx(losses[:3], rel=1e-4)
     assert found == pytest.approx(losses, rel=0.2)
+
+
+@scale
+@pytest.mark.parametrize("script", ["train_baseline", "finetune", "linear_eval"])
+def test_every_script_takes_gpus(two, tmp_path, launch, script):
+    """As typed, from the run of `two`; the same figure as with one process, up to rounding."""
+    found = {}
+    shared = ["--labels", 20, "--device", "cpu", "--recipe", two / "tiny.toml"]
+    shared += ["--ckpt", two / "run"] if script != "train_baseline" else []
+    for gpus in (1, 2):
+        out = tmp_path / str(gpus)
+        run = launch(f"{script}.py", *shared, "--gpus", gpus, "--out", out)
+        assert run.wait() == 0, run.log.read_text()
+        found[gpus] = json.loads((out / "result.json").read_text())["top1"]
+        assert script == "linear_eval" or f"{gpus} x cpu" in run.log.read_text()
+    assert found[2] == pytest.approx(found[1], abs=3)
 
 
 # Several machines
@@ -197,20 +216,25 @@ def test_S8_a_rank_that_stands_still_ends_the_job_after_the_timeout(two, tmp_pat
 
 
 def counted(arch: str, side: int) -> dict[str, float]:
-    """GFLOP an image of both passes, MB of gradients, batch norm's collectives of a step."""
+    """GFLOP an image of both passes, and what a step sends."""
     with torch.device("meta"):
         method, view = BYOL(Encoder(arch), BYOL.Config()), torch.empty(2, 3, side, side)
         with FlopCounterMode(display=False) as forward:
             loss, _ = method.loss(method(view, view))
         with FlopCounterMode(display=False) as backward:
             loss.backward()
+    flops = {"forward": forward, "backward": backward}
+    return {k: v.get_total_flops() / 2 / 1e9 for k, v in flops.items()} | counted_of(method)
+
+
+def counted_of(method) -> dict[str, float]:
+    """MB of gradients; batch norm's collectives and their MB."""
     norms = [m for m in method.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     trained = [m for m in norms if m.weight.requires_grad]
     return {
-        "forward": forward.get_total_flops() / 2 / 1e9,
-        "backward": backward.get_total_flops() / 2 / 1e9,
         "gradients": parameter_count(method) * 4 / 1e6,
         "collectives": 2 * (len(norms) + len(trained)),  # two views; forward, and backward
+        "statistics": 2 * 8 * sum(m.num_features for m in norms + trained) / 1e6,  # two floats each
     }
 
 
@@ -219,9 +243,39 @@ def test_the_documents_counts_are_those_of_the_code(arch, side):
     name = {"resnet18": "ResNet-18", "resnet50": "ResNet-50"}[arch]
     text = (ROOT / "docs/scaling.md").read_text()
     line = re.findall(rf"^\| {name}, {side} px \|(.*)\|$", text, re.MULTILINE)[0]
-    forward, backward, gradients, collectives = (float(cell) for cell in line.split("|"))
-    found = counted(arch, side)
-    assert found == pytest.approx(
-        {"forward": forward, "backward": backward, "gradients": gradients,
-         "collectives": collectives}, rel=5e-3
+    cells, found = [float(cell) for cell in line.split("|")], counted(arch, side)
+    assert found == pytest.approx(dict(zip(found, cells, strict=True)), rel=1e-2)
+
+
+def traffic():
+    """(bytes of gradients that DDP sends, collectives of batch norm and their bytes) of a step."""
+    sent, found = [], []
+    method = BYOL(Encoder("resnet18", "small", 1 / 16), BYOL.Config(hidden=16, projection=8))
+    model = distributed.wrap(method, Processes(dist.get_rank(), 2, CPU), "sync")
+
+    def hook(state, bucket):
+        sent.append(bucket.buffer().nbytes)
+        return default_hooks.allreduce_hook(None, bucket)
+
+    def watched(honest):
+        def call(*args, **keywords):
+            found.append(args[-1].nbytes)
+            return honest(*args, **keywords)
+
+        return call
+
+    model.register_comm_hook(None, hook)
+    batchnorm.dist = SimpleNamespace(
+        all_gather=watched(dist.all_gather), all_reduce=watched(dist.all_reduce),
+        get_world_size=dist.get_world_size, is_initialized=dist.is_initialized,
     )  # fmt: skip
+    loss, _ = method.loss(model(*torch.rand(2, 4, 3, 16, 16)))
+    loss.backward()
+    return sum(sent), len(found), sum(found), counted_of(method)
+
+
+def test_what_is_sent_is_what_is_counted():
+    gradients, collectives, statistics, expected = forked.run(traffic, ranks=2)[0]
+    assert gradients / 1e6 == pytest.approx(expected["gradients"])
+    assert collectives == expected["collectives"]
+    assert statistics / 1e6 == pytest.approx(expected["statistics"])
