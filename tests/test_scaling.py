@@ -98,10 +98,10 @@ def test_any_number_of_processes_is_one(subset, name, ranks, accumulate, steps):
 @scale
 @pytest.mark.parametrize("name", ["byol", "baseline", "simclr"])
 def test_four_processes_in_float32_agree_as_far_as_it_goes(subset, name):
-    """The losses of three steps to 1e-4, of 20 to a fifth: training amplifies what is rounded."""
+    """Losses to 1e-5 until the first update, of 20 steps to a fifth: rounding is amplified."""
     _, losses = train(subset, name, 1, 20, torch.float32)
     (_, found), *_ = forked.run(train, subset, name, 1, 20, torch.float32, ranks=4)
-    assert found[:3] == pytest.approx(losses[:3], rel=1e-4)
+    assert found[:2] == pytest.approx(losses[:2], rel=1e-5)  # the rate of step 0 is 0
     assert found == pytest.approx(losses, rel=0.2)
 
 
