@@ -98,7 +98,10 @@ def run(config, processes: Processes) -> dict:
     with RunFolder(out, as_dict(config), processes, overwrite=config.run.overwrite):
         if processes.main:
             if classifier and not config.folds:
-                content = {"encoder": config.weights.state_dict, "meta": config.weights.meta}
+                meta = config.weights.meta | dict(arch=e.arch, stem=e.stem, width=e.width)
+                meta |= dict(mean=mean, std=std, frame=list(sizes))
+                meta |= dict(stored=min(splits[0].train.images.shape))
+                content = {"encoder": config.weights.state_dict, "meta": meta}
                 content |= {"head": classifier.head.state_dict(), "classes": data.class_names}
                 content |= {"feature_mean": classifier.mean, "feature_std": classifier.std}
                 save_file(out / "classifier.pt", content)

@@ -182,6 +182,13 @@ def load(data: DataConfig) -> Dataset:
     return _module(data.dataset).load(Path(data.data_root), data)
 
 
+def file_names(data: DataConfig, split: str, count: int) -> list[str]:
+    """What its images are called: a folder's files, "train/0", "train/1", ... of other data."""
+    if data.dataset == "folder":
+        return _module("folder").file_names(Path(data.data_root), data, split)
+    return [f"{split}/{i}" for i in range(count)]
+
+
 def _module(name: str):
     return importlib.import_module(f"data.{name}")
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def decode(path: Path, size: int) -> np.ndarray:
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+def decode_all(paths: list[Path], size: int) -> Iterator[np.ndarray | str]:
+    """The images in order, or why one cannot be read; BLOCK of them are in flight."""
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # Pillow's, about odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for first in range(0, len(paths), BLOCK):
+            yield from pool.map(lambda path: _try(path, size), paths[first : first + BLOCK])
+
+
 def _packs(root: Path, size: int) -> tuple[Path, Path]:
     """Where the pack may lie: with the images, or where their folder is read-only, in ours."""
     real = root.resolve()
@@ -101,14 +111,14 @@ def _list(root: Path) -> tuple[Listing, int]:
     """The image files, and how many other files there are."""
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder; name the one that holds your images")
-    known = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    labelled, listing, ignored = (root / "train").is_dir(), {}, 0
-    for path in _files(root):
+    labelled, listing, files = (root / "train").is_dir(), {}, _files(root)
+    images, ignored = set(image_files(root, files)), 0
+    for path in files:
         split, *rest = path.split("/")
         if split == "unlabeled" or not labelled:
             split = "unlabelled"
         named = split in ("train", "test") and len(rest) > 1
-        if os.path.splitext(path)[1].lower() in known and (named or split == "unlabelled"):
+        if path in images and (named or split == "unlabelled"):
             listing.setdefault(split, {}).setdefault(rest[0] if named else "", []).append(path)
         else:
             ignored += 1
@@ -123,6 +133,23 @@ def _list(root: Path) -> tuple[Listing, int]:
     if test:
         listing["test"] = {name: test.get(name, []) for name in sorted(train)}
     return listing, ignored
+
+
+def image_files(root: Path, files: list[str] | None = None) -> list[str]:
+    """Those below `root` whose ending is that of a format which Pillow reads."""
+    known = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = _files(root) if files is None else files
+    return [path for path in files if os.path.splitext(path)[1].lower() in known]
+
+
+def file_names(root: Path, data: DataConfig, split: str) -> list[str]:
+    """The files of a split, relative to `root`, in the order of its images."""
+    listing, _ = _list(root)
+    manifest = _current(_packs(root, data.store_size), _state(root, listing))
+    if not manifest:
+        raise UserError(f"--data-root {root}: has changed since it was packed; start again")
+    skipped = {name for name, _ in manifest["skipped"]}
+    return [f for files in listing[split].values() for f in files if f not in skipped]
 
 
 def _files(root: Path) -> list[str]:
@@ -176,25 +203,19 @@ def _write(path: Path, root: Path, by_class: dict, size: int, skipped: list) -> 
     """
     counts, total = dict.fromkeys(by_class, 0), sum(map(len, by_class.values()))
     with (
-        warnings.catch_warnings(),
         open(path, "wb") as file,
-        ThreadPoolExecutor() as pool,
         tqdm(total=total, desc=f"packing {path.stem}", unit=" images", disable=None) as bar,
     ):
-        warnings.simplefilter("ignore")  # Pillow's, about odd metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         _header(file, 0, size)
         for name, files in by_class.items():
-            for first in range(0, len(files), BLOCK):
-                block = files[first : first + BLOCK]
-                decoded = pool.map(_try, [root / f for f in block], [size] * len(block))
-                for file_name, pixels in zip(block, decoded, strict=True):
-                    if isinstance(pixels, str):
-                        skipped.append([file_name, pixels])
-                    else:
-                        file.write(pixels)
-                        counts[name] += 1
-                bar.update(len(block))
+            decoded = decode_all([root / f for f in files], size)
+            for file_name, pixels in zip(files, decoded, strict=True):
+                if isinstance(pixels, str):
+                    skipped.append([file_name, pixels])
+                else:
+                    file.write(pixels)
+                    counts[name] += 1
+                bar.update()
         _header(file, sum(counts.values()), size)
     return counts
 

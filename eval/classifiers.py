@@ -174,6 +174,30 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, strength: float =
     return Classifier(mean.float(), std.float(), head, f"L2 {strength:.3g}" + edge)
 
 
+def mlp_head(features: int, hidden: int, classes: int, dropout: float = 0.0) -> nn.Sequential:
+    """One hidden layer with batch norm and ReLU."""
+    return nn.Sequential(
+        nn.Dropout(dropout),
+        nn.Linear(features, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, classes),
+    )
+
+
+def build_head(state: dict[str, Tensor]) -> nn.Module:
+    """The linear or MLP head of a classifier.pt, in eval mode."""
+    if "weight" in state:
+        classes, features = state["weight"].shape
+        head = nn.Linear(features, classes)
+    else:
+        hidden, features = state["1.weight"].shape
+        head = mlp_head(features, hidden, len(state["5.weight"]))
+    head.load_state_dict(state)
+    return head.eval()
+
+
 def fit_mlp(
     features: Tensor, labels: Tensor, classes: int, config: MLPConfig, seed: int
 ) -> Classifier:
@@ -183,14 +207,7 @@ def fit_mlp(
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = nn.Sequential(
-            nn.Dropout(config.dropout),
-            nn.Linear(x.shape[1], config.hidden),
-            nn.BatchNorm1d(config.hidden),
-            nn.ReLU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.hidden, classes),
-        )
+        head = mlp_head(x.shape[1], config.hidden, classes, config.dropout)
         optimizer = torch.optim.AdamW(
             head.parameters(), config.lr, weight_decay=config.weight_decay
         )

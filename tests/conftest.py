@@ -146,6 +146,22 @@ def sample(monkeypatch, subset) -> Dataset:
     return subset
 
 
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, subset) -> Path:
+    """A finished run of BYOL on the subset, evaluated by linear_eval.py; read it only."""
+    import linear_eval
+    import train_byol
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.toml").write_text(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.sample, "load", lambda root, config: subset)
+        flags = ["--recipe", str(folder / "tiny.toml"), "--out", str(folder / "run"), "--quiet"]
+        train_byol.main(argv=[*flags, "--knn-every", "5"])
+        linear_eval.main(["--ckpt", str(folder / "run"), "--quiet"])
+    return folder / "run"
+
+
 def stl10_files(root: Path) -> Path:
     """STL-10's files with 2 black training images, 1 test image and 1 unlabelled; their folder."""
     folder = root / stl10.FOLDER

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal (saved; --resume goes on).
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -34,7 +35,7 @@ def execute(
     Wrong input is one line on stderr, before torchrun, data or a network are touched.
     """
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with one_line_errors("--debug" in argv):
         config = configure(argv)
         out, restarted = Path(config.run.out), distributed.restarted()
         if restarted and (not config.run.resume or list(out.glob("checkpoints/step-*.pt"))):
@@ -57,16 +58,23 @@ def execute(
                 os._exit(1)  # leaving the group would wait for ranks that are somewhere else
             raise
         distributed.finish()
-    except Exception as error:
-        if not _reason(error):
-            raise
-        _tell(error, int(os.environ["RANK"]) if distributed.launched() else 0, "--debug" in argv)
-        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     if result.get("stopped"):
         raise SystemExit(STOPPED)
     return result
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool = False):
+    """Wrong input and what the machine refuses end the process with one line, not a traceback."""
+    try:
+        yield
+    except Exception as error:
+        if not _reason(error):
+            raise
+        _tell(error, int(os.environ["RANK"]) if distributed.launched() else 0, debug)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def _tell(error: Exception, rank: int, debug: bool = False) -> None:

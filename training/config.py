@@ -207,13 +207,15 @@ def _put(values: dict, sections: dict, section: str, name: str, value, label: st
     values[section][name] = check(value, field, kind, label)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Wrong words are a UserError."""
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
 
-def _parser(description, sections, values, extra, hide) -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser(description, sections, values, extra, hide) -> Parser:
+    parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

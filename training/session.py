@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from data import datasets
 from training import distributed
 from training.checkpoints import Checkpoints, restore, resume_state, training_state
 from training.config import RunError, UserError, as_dict
@@ -109,6 +110,9 @@ class Session:
         e, loader = self.config.encoder, self.loader
         meta = {"arch": e.arch, "stem": e.stem, "width": e.width, "init": e.init}
         meta |= {"mean": loader.mean, "std": loader.std, "crop_size": loader.crop_size}
+        stored = loader.images.shape  # what a user's own images are brought to, and then framed
+        frame = datasets.evaluation_sizes(self.config.data, stored)
+        meta |= {"stored": min(stored), "frame": list(frame)}
         return meta | {
             "method": self.method.name,
             "step": self.total,
@@ -128,6 +132,8 @@ class Session:
         """The training steps from where the run stands; see `train_steps`."""
         o = self.config.optim
         self.folder.begin(self.done, self.stop, self.method.name, o.batch_size)
+        if self.processes.main and not self.done:
+            self.folder.show(as_dict(self.config), self.loader.preview())
         return train_steps(
             self.model,
             self.loader,

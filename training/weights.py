@@ -1,5 +1,6 @@
 """Encoder weights in and out: `encoder.pt`, run folders, checkpoints, other people's files."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from training.config import UserError, read_config
 from training.run_folder import read_json
 
 PREFIXES = ("module.", "_orig_mod.", "method.")
+# torchvision's names of the children of an nn.Sequential(*list(resnet.children())[:-1])
+SEQUENTIAL = {"0": "conv1", "1": "bn1", **{str(i + 3): f"layer{i}" for i in (1, 2, 3, 4)}}
+AVERAGES = {"momentum", "target", "teacher", "ema", "k"}  # in the name of a second network
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -77,7 +81,8 @@ def read_weights(path: str | Path, flag: str = "--ckpt") -> Weights:
         folder = path.parent.parent if training else path.parent
         config = folder / "config.json"
         saved = read_json(config).get("config", {}) if config.exists() else {}
-        weights = Weights(strip(state), dict(meta), dict(saved), folder)
+        state = strip(state) if meta else find_resnet(strip(state), f"{flag} {path}")
+        weights = Weights(state, dict(meta), dict(saved), folder)
         weights.tables()
         fits = all(isinstance(v, Tensor) for v in weights.state_dict.values())
         shapes = [torch.tensor(meta[k]).shape for k in ("mean", "std") if k in meta]
@@ -94,7 +99,7 @@ def _encoder_of(loaded: dict) -> tuple[dict, dict, bool]:
     if "model" in loaded:
         model, prefix = strip(loaded["model"]), "encoder."
         state = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
-        return state, meta, True
+        return (state, meta, True) if state else (model, meta, False)
     if isinstance(loaded.get("encoder"), dict):  # a classifier.pt
         return loaded["encoder"], meta, False
     return loaded.get("state_dict", loaded), meta, False
@@ -124,6 +129,32 @@ def strip(state: dict) -> dict:
         return name
 
     return {bare(k): v for k, v in state.items()}
+
+
+def find_resnet(state: dict, source: str) -> dict:
+    """The encoder in a file of another library, by torchvision's names.
+
+    Such files have it below a prefix (`backbone.`, `encoder_q.`, ...), often beside a moving
+    average of it and heads, and some number its layers.  UserError where several could be meant.
+    """
+    if "conv1.weight" in state:
+        return state
+    found = {}
+    for first, block in (("conv1.weight", "layer1.0."), ("0.weight", "4.0.")):
+        prefixes = {name.removesuffix(first) for name in state if name.endswith(first)}
+        found |= {p: first for p in prefixes if f"{p}{block}conv1.weight" in state}
+    trained = [p for p in found if not AVERAGES & set(re.split("[._]", p))] or list(found)
+    if len(trained) > 1:
+        names = ", ".join(sorted(trained))
+        raise UserError(f"{source}: holds several networks ({names}); save the one that is meant")
+    if not trained:
+        return state
+    (prefix,) = trained
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if found[prefix] == "conv1.weight":
+        return state
+    parts = (k.split(".", 1) for k in state)
+    return {f"{SEQUENTIAL.get(i, i)}.{rest}": state[f"{i}.{rest}"] for i, rest in parts}
 
 
 def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> None:

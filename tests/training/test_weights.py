@@ -96,6 +96,64 @@ def test_a_torchvision_classifier_loads_without_its_last_layer():
     assert torch.equal(mine.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
 
 
+def sequential(state):
+    """As nn.Sequential(*list(resnet.children())[:-1]) names it."""
+    numbers = dict(conv1="0", bn1="1", layer1="4", layer2="5", layer3="6", layer4="7")
+    parts = (name.split(".", 1) for name in state)
+    return {f"{numbers[a]}.{b}": state[f"{a}.{b}"] for a, b in parts}
+
+
+def below(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+ELSEWHERE = {  # what other libraries write: mine, and a second network that is not meant
+    "lightly": lambda s, other: {
+        **below("backbone.", sequential(s)),
+        **below("backbone_momentum.", sequential(other)),
+        "projection_head.layers.0.weight": torch.ones(2, 2),
+    },
+    "moco": lambda s, other: {
+        "epoch": 3,
+        "state_dict": {
+            **below("module.encoder_q.", s),
+            **below("module.encoder_k.", other),
+            "module.encoder_q.fc.0.weight": torch.ones(2, 2),
+            "module.queue": torch.ones(2),
+        },
+    },
+    "solo-learn": lambda s, other: {
+        "state_dict": below("backbone.", s) | below("momentum_backbone.", other)
+    },
+    "model": lambda s, other: {"model": below("net.trunk.", s)},
+    "sequential": lambda s, other: sequential(s),
+    "average alone": lambda s, other: below("teacher.backbone.", s),
+}
+
+
+@pytest.mark.parametrize("write", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_weights_of_other_libraries_are_found_below_their_prefix(tmp_path, write):
+    mine, other = encoder(seed=1), encoder(seed=2)
+    torch.save(write(mine.state_dict(), other.state_dict()), tmp_path / "x.pth")
+    target = encoder(seed=3)
+    load_weights(target, read_weights(tmp_path / "x.pth").state_dict, "x")
+    assert same(target.state_dict(), mine.state_dict())
+
+
+def test_an_encoder_of_a_fork_that_wraps_a_resnet_stays_as_it_is(tmp_path):
+    """Its file says what it is; nothing is looked for below a prefix."""
+    state = below("backbone.", encoder().state_dict()) | {"neck.weight": torch.ones(2, 2)}
+    torch.save({"state_dict": state, "meta": {"arch": "resnet18"}}, tmp_path / "encoder.pt")
+    assert same(read_weights(tmp_path / "encoder.pt").state_dict, state)
+
+
+def test_two_networks_of_equal_right_are_named(tmp_path):
+    state = below("left.", encoder(seed=1).state_dict()) | below("right.", encoder().state_dict())
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x.pth: holds several networks \(left., right.\)"):
+        read_weights(tmp_path / "x.pth")
+
+
 def broken(change):
     state = dict(encoder().state_dict())
     change(state)

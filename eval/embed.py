@@ -1,0 +1,68 @@
+"""Features of a whole data set, for other tools: one .npz with labels and file names.
+
+python -m eval.embed --ckpt runs/byol-mine --dataset folder --data-root DIR --out features.npz
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from byol.networks import EncoderConfig, build_encoder
+from data import datasets
+from eval.features import FrozenEncoder
+from eval.trained import new_file
+from training.checkpoints import write_atomically
+from training.command import execute
+from training.config import RunConfig
+from training.run_folder import say
+from training.weights import read_ckpt_config
+
+KEPT = ("out", "device", "gpus", "threads", "quiet", "debug", "dist_timeout")
+
+
+def configure(argv: list[str]):
+    """Data set, sizes and encoder come from --ckpt unless flags say otherwise."""
+    sections = {"data": datasets.DataConfig, "encoder": EncoderConfig, "run": RunConfig}
+    hide = [name for name in RunConfig.__dataclass_fields__ if name not in KEPT]
+    hide += "pretrain_on labels draw fold evaluate_on init zero_init".split()
+    config = read_ckpt_config(argv, sections, description=__doc__, hide=tuple(hide))
+    config.run.out = str(new_file(config.run.out or "features.npz"))
+    return config
+
+
+def run(config, processes) -> dict:
+    """Write `features` (N, D) float32, `labels` (-1: unknown), `files`, `splits`, `classes`."""
+    data = datasets.load(config.data)
+    encoder = build_encoder(config.encoder)
+    config.weights.load_into(encoder, config.encoder, f"--ckpt {config.ckpt}")
+    splits = {s: getattr(data, s) for s in ("train", "unlabelled", "test")}
+    splits = {name: images for name, images in splits.items() if images is not None}
+    first = next(iter(splits.values()))
+    mean, std = config.weights.normalisation(first)
+    sizes = datasets.evaluation_sizes(config.data, first.shape)
+    frozen = FrozenEncoder(encoder, mean, std, sizes, processes)
+    arrays = {"files": [], "splits": [], "labels": [], "features": []}
+    for name, images in splits.items():
+        labels = getattr(data, f"{name}_labels", None)
+        arrays["files"] += datasets.file_names(config.data, name, len(images))
+        arrays["splits"] += [name] * len(images)
+        arrays["labels"].append(np.full(len(images), -1) if labels is None else labels)
+        arrays["features"].append(frozen(images))
+    for name in ("features", "labels"):
+        arrays[name] = np.concatenate(arrays[name])
+    if processes.main:
+        file = io.BytesIO()
+        np.savez(file, classes=np.array(data.class_names), **arrays)
+        write_atomically(Path(config.run.out), file.getvalue())
+    say(processes, f"{config.run.out}: features {arrays['features'].shape}")
+    return {"images": len(arrays["labels"])}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run from the command line."""
+    return execute(configure, run, argv)
+
+
+if __name__ == "__main__":
+    main()

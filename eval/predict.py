@@ -1,0 +1,42 @@
+"""What a classifier says of your own images.
+
+python -m eval.predict --ckpt runs/byol-mine/linear image.jpg DIR
+python -m eval.predict --ckpt runs/byol-mine --json DIR > predictions.jsonl
+"""
+
+import json
+
+import torch
+
+from eval.trained import command, load_classifier, parser, read_images
+
+
+def run(given) -> list[dict]:
+    """Print each image's classes, most probable first; returns the lines of --json."""
+    frozen, classifier, classes, side = load_classifier(given.ckpt, given.device)
+    images, names = read_images(given.images, side)
+    probabilities = torch.softmax(classifier(frozen(images)).double(), 1)
+    lines = []
+    for name, row in zip(names, probabilities.tolist(), strict=True):
+        pairs = sorted(zip(row, classes, strict=True), key=lambda pair: -pair[0])
+        by_class = {label: round(p, 6) for p, label in pairs}
+        lines.append({"file": name, "class": pairs[0][1], "probabilities": by_class})
+        if given.json:
+            print(json.dumps(lines[-1]))
+        else:
+            best = list(by_class.items())[: given.top]
+            print(f"{name}: " + ", ".join(f"{label} {100 * p:.1f} %" for label, p in best))
+    return lines
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Run from the command line."""
+    arguments = parser(__doc__)
+    arguments.add_argument("images", nargs="+", help="image files, and folders of them")
+    arguments.add_argument("--json", action="store_true", help="a JSON object a line, all classes")
+    arguments.add_argument("--top", type=int, default=3, help="classes in a line of text [3]")
+    return command(run, arguments, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""A trained network on a user's own files: predictions, neighbours, features."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import finetune
+import linear_eval
+from data.folder import decode
+from data.images import Images
+from eval import embed, predict, retrieve
+from eval.features import extract
+from eval.trained import load_encoder
+from training.weights import IMAGENET_MEAN, read_weights
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, subset):
+    """The subset's test images as PNG files, 000.png and so on."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, pixels in enumerate(subset.test.parts[0]):
+        Image.fromarray(pixels[0]).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def test_predictions_on_files_score_what_the_evaluation_measured(trained_run, pictures, subset):
+    lines = predict.main(["--ckpt", str(trained_run), str(pictures)])
+    assert [line["file"] for line in lines] == sorted(str(p) for p in pictures.iterdir())
+    right = [line["class"] == subset.class_names[y]
+             for line, y in zip(lines, subset.test_labels, strict=True)]  # fmt: skip
+    measured = json.loads((trained_run / "linear/result.json").read_text())["top1"]
+    assert 100 * np.mean(right) == pytest.approx(measured, abs=1e-4)
+    assert all(sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-4) for line in lines)
+    for line in lines:
+        values = list(line["probabilities"].values())
+        assert values == sorted(values, reverse=True)
+        assert next(iter(line["probabilities"])) == line["class"]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "finetune"])
+def test_other_classifiers_score_what_was_measured(
+    sample, trained_run, pictures, subset, tmp_path, kind
+):
+    flags = ["--ckpt", str(trained_run), "--out", str(tmp_path / kind), "--quiet"]
+    if kind == "mlp":
+        result = linear_eval.main([*flags, "--head", "mlp"])
+    else:
+        result = finetune.main([*flags, "--steps", "8"])
+    lines = predict.main(["--ckpt", str(tmp_path / kind), str(pictures)])
+    right = [line["class"] == subset.class_names[y]
+             for line, y in zip(lines, subset.test_labels, strict=True)]  # fmt: skip
+    assert 100 * np.mean(right) == pytest.approx(result["top1"], abs=1e-4)
+
+
+def test_the_output_is_text_or_json_lines(trained_run, pictures, capsys):
+    file = str(pictures / "007.png")
+    (line,) = predict.main(["--ckpt", str(trained_run), file, "--top", "2"])
+    first, second = list(line["probabilities"].items())[:2]
+    expected = f"{file}: {first[0]} {100 * first[1]:.1f} %, {second[0]} {100 * second[1]:.1f} %\n"
+    assert capsys.readouterr().out == expected
+    predict.main(["--ckpt", str(trained_run), file, "--json"])
+    assert json.loads(capsys.readouterr().out) == line
+
+
+def test_what_cannot_be_read_is_named_and_left_out(trained_run, pictures, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    shutil.copy(pictures / "001.png", tmp_path / "good.png")
+    (tmp_path / "notes.txt").write_text("not an image by its name")
+    lines = predict.main(["--ckpt", str(trained_run), str(tmp_path)])
+    assert [line["file"] for line in lines] == [str(tmp_path / "good.png")]
+    warning = capsys.readouterr().err.splitlines()
+    assert len(warning) == 1 and "broken.png: left out, not readable" in warning[0]
+
+
+@pytest.mark.parametrize(
+    "change, words, text",
+    [
+        ("no linear", ["x.png"], "no classifier.pt there; train one with linear_eval.py"),
+        ("two", ["x.png"], "several classifiers, name one"),
+        ("encoder", ["x.png"], "holds no classifier"),
+        ("", ["missing.png"], "missing.png: no such file or folder"),
+        ("", ["empty"], "no readable image there"),
+    ],
+)
+def test_wrong_input_is_one_line(trained_run, tmp_path, capsys, change, words, text):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    (tmp_path / "empty").mkdir()
+    if change == "no linear":
+        shutil.rmtree(run / "linear")
+    elif change == "two":
+        (run / "linear").rename(run / "a")
+        shutil.copytree(run / "a", run / "b")
+    elif change == "encoder":
+        run = run / "encoder.pt"
+    with pytest.raises(SystemExit) as stop:
+        predict.main(["--ckpt", str(run), *(str(tmp_path / word) for word in words)])
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and text in error[0]
+
+
+def test_an_image_is_nearest_to_itself(trained_run, pictures, tmp_path, capsys):
+    out = tmp_path / "alike.png"
+    queries = [str(pictures / name) for name in ("003.png", "050.png")]
+    flags = ["--ckpt", str(trained_run), "--query", *queries, "--gallery", str(pictures)]
+    lines = retrieve.main([*flags, "--top", "4", "--out", str(out)])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    for query, line in zip(queries, lines, strict=True):
+        assert line["query"] == query and line["nearest"][0]["file"] == query
+        cosines = [found["cosine"] for found in line["nearest"]]
+        assert cosines[0] == pytest.approx(1, abs=1e-5) and len(cosines) == 4
+        assert cosines == sorted(cosines, reverse=True)
+    picture = np.asarray(Image.open(out))
+    assert picture.shape[1] == 5 * 100 + 4 and picture.shape[0] == 2 * 100 + 4 + 20
+    # the query's tile and that of its nearest are the same pixels
+    assert np.array_equal(picture[24:120, 4:100], picture[24:120, 104:200])
+    before = out.read_bytes()
+    with pytest.raises(SystemExit):
+        retrieve.main([*flags, "--out", str(out)])
+    assert "exists; name another file" in capsys.readouterr().err and out.read_bytes() == before
+
+
+@pytest.fixture
+def mine(tmp_path, pictures):
+    """A folder data set with an unreadable file: train/{a,b}, test/{a,b}, unlabelled."""
+    places = ["train/a", "train/b", "test/a", "test/b", "unlabelled"]
+    for number in range(30):
+        folder = tmp_path / "mine" / places[number % 5]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / f"{number:03d}.png", folder / f"{number}.png")
+    (tmp_path / "mine/train/a/00broken.png").write_bytes(b"no image")
+    return tmp_path / "mine"
+
+
+def test_features_come_with_labels_and_the_names_of_their_files(trained_run, mine, tmp_path):
+    out = tmp_path / "features.npz"
+    flags = ["--ckpt", str(trained_run), "--dataset", "folder", "--data-root", str(mine)]
+    embed.main([*flags, "--store-size", "28", "--out", str(out), "--quiet"])
+    found = np.load(out)
+    assert found["features"].shape == (30, 64) and found["features"].dtype == np.float32
+    assert found["classes"].tolist() == ["a", "b"]
+    labels = {"train/a": 0, "train/b": 1, "test/a": 0, "test/b": 1, "unlabelled": -1}
+    weights = read_weights(trained_run)
+    frozen, side = load_encoder(weights, "x", "cpu")
+    assert side == 28 and len(set(found["files"])) == 30
+    for name, label, split, row in zip(
+        found["files"], found["labels"], found["splits"], found["features"], strict=True
+    ):
+        assert label == labels[name.rpartition("/")[0]] and split == name.split("/")[0]
+        images = Images([decode(mine / str(name), 28)[None]])
+        own = extract(frozen.encoder, images, weights.meta["mean"], weights.meta["std"])
+        torch.testing.assert_close(torch.from_numpy(row), own[0], rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_a_named_data_set_have_numbers(sample, trained_run, tmp_path):
+    out = tmp_path / "features.npz"
+    embed.main(["--ckpt", str(trained_run), "--out", str(out), "--quiet"])
+    found = np.load(out)
+    sizes = {s: int((found["splits"] == s).sum()) for s in ("train", "unlabelled", "test")}
+    assert sizes == {"train": 100, "unlabelled": 220, "test": 100}
+    assert found["files"][100] == "unlabelled/0" and (found["labels"][100:320] == -1).all()
+    with pytest.raises(SystemExit):  # it is not overwritten
+        embed.main(["--ckpt", str(trained_run), "--out", str(out), "--quiet"])
+
+
+def test_bare_weights_are_evaluated_and_predict_with_what_the_evaluation_used(
+    sample, recipe, trained_run, pictures, subset, tmp_path
+):
+    """The way of another library's weights: mean, std and frame are those of the evaluation."""
+    torch.save(read_weights(trained_run).state_dict, tmp_path / "theirs.pth")
+    flags = ["--ckpt", str(tmp_path / "theirs.pth"), "--recipe", recipe, "--quiet"]
+    result = linear_eval.main([*flags, "--eval-size", "24", "--out", str(tmp_path / "linear")])
+    lines = predict.main(["--ckpt", str(tmp_path / "linear"), str(pictures)])
+    right = [line["class"] == subset.class_names[y]
+             for line, y in zip(lines, subset.test_labels, strict=True)]  # fmt: skip
+    assert 100 * np.mean(right) == pytest.approx(result["top1"], abs=1e-4)
+
+
+def test_weights_carry_their_geometry(trained_run, tmp_path):
+    shutil.copy(trained_run / "encoder.pt", tmp_path / "encoder.pt")
+    frozen, side = load_encoder(read_weights(tmp_path / "encoder.pt"), "x", "cpu")
+    assert side == 28 and frozen.sizes == (0, 0)
+    assert frozen.mean == read_weights(trained_run).meta["mean"]
+
+
+def test_weights_that_say_nothing_are_taken_for_torchvisions(tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    frozen, side = load_encoder(read_weights(tmp_path / "resnet18.pth"), "x", "cpu")
+    assert (side, frozen.sizes, frozen.mean) == (256, (256, 224), IMAGENET_MEAN)
