@@ -274,7 +274,7 @@ def pretrained(table: Table, folder: Path):
 
 def report(table: Table, rows, claims, folders: list[Path]) -> None:
     """Write the table in three forms, the picture of pretraining, and print the table."""
-    from eval.pictures import accuracy_picture, curves_picture  # matplotlib is slow to import
+    from eval.pictures import accuracy_figure, curves_figure, save  # matplotlib is slow to import
 
     c, out, p = table.config, table.out, table.processes
     costs = [read_json(f / "result.json")["seconds"] for f in folders]
@@ -293,8 +293,9 @@ def report(table: Table, rows, claims, folders: list[Path]) -> None:
     write_json(out / "results.json", rows)
     write_json(out / "claims.json", claims)
     (out / "results.md").write_text(text)
-    accuracy_picture(rows, out / "results.png", c.reproduce.title)
-    curves_picture([read_metrics(f / "metrics.jsonl") for f in folders], out / "curves.png")
+    save(accuracy_figure(rows, c.reproduce.title), out / "results.png")
+    curves = {f.name: read_metrics(f / "metrics.jsonl") for f in folders}
+    save(curves_figure(curves), out / "curves.png")
     say(p, "\n" + text)
 
 

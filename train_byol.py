@@ -126,6 +126,10 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
         if processes.main:
             save_encoder(out / "encoder.pt", method.encoder, session.meta)
             write_json(out / "result.json", result)
+        if held_out.every:
+            features, known, thumbnails = held_out.embedding(method, processes)
+            names = [data.class_names[i] for i in known]
+            folder.embed(session.total - 1, features, names, thumbnails)
         barrier()  # what the main process wrote is there for all
     words = {"knn_top1": "k-NN", "online_probe_top1": "online probe"}
     shown = "".join(

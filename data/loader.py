@@ -94,6 +94,19 @@ class Loader:
             parameters = [{k: v[mine] for k, v in d.items()} for d in drawn]
             yield self.make_views(pixels, parameters), self._labels(indices[mine])
 
+    def preview(self, count: int = 16) -> Tensor:
+        """The first step's views of `count` images: a row a view, (3, rows, columns) in 0..1."""
+        rng = generator(self.seed, VIEWS, 0)
+        drawn = [draw(view, self.batch_size, *self.images.shape, rng) for view in self.views]
+        pixels = self.images.gather(self.indices(0)[:count], self.processes.device)
+        views = self.make_views(pixels, [{k: v[:count] for k, v in d.items()} for d in drawn])
+        side, rows = max(view.shape[2] for view in views), []
+        for view in views:
+            x = (view * self._std.view(3, 1, 1) + self._mean.view(3, 1, 1)).clamp(0, 1)
+            x = torch.nn.functional.interpolate(x, (side, side))  # smaller crops as large as others
+            rows.append(torch.cat(list(x), 2))
+        return torch.cat(rows, 1).cpu()
+
     @torch.no_grad()
     def make_views(self, pixels: Tensor, parameters: list[dict]) -> tuple[Tensor, ...]:
         """Normalised views of uint8 images by what `draw` drew for each of `views`."""

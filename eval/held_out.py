@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.images import Images
 from data.loader import Loader, generator
-from data.views import draw
+from data.views import draw, frame
 from eval.collapse import NAMES, collapse_alarms, collapse_figures
 from eval.features import extract
 from eval.knn import knn_top1
@@ -78,6 +78,17 @@ class HeldOut:
         self.history.append({"step": step, **found})
         self.seconds = time.perf_counter() - begun
         return found
+
+    def embedding(self, method, processes, count: int = 1000) -> tuple[Tensor, list[int], Tensor]:
+        """Features, labels and thumbnails of train images, for a projector; no labels: []."""
+        images = self.images if self.labels is not None else self.watched
+        images = images.subset(np.arange(min(count, len(images))))
+        features = extract(
+            method.encoder, images, self.loader.mean, self.loader.std, self.sizes, processes
+        )
+        labels = [] if self.labels is None else self.labels[: len(images)].tolist()
+        blocks = np.array_split(np.arange(len(images)), 10)
+        return features, labels, torch.cat([frame(images.gather(b), 32, 32) for b in blocks])
 
     def alarms(self, total: int) -> list[str]:
         """What looked like a collapse so far, in plain words, each once and in the order of time.

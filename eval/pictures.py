@@ -1,15 +1,23 @@
-"""Pictures of a results table: accuracy against labels, and what pretraining looked like."""
+"""Pictures of results: accuracy against labels, what pretraining looked like, methods compared."""
 
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 
-def accuracy_picture(rows: list[dict], path: Path, title: str) -> None:
-    """Accuracy against labels with error bars, all rows, as a PNG."""
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG."""
+    figure.savefig(path, dpi=144)
+    plt.close(figure)
+
+
+def accuracy_figure(rows: list[dict], title: str = "") -> Figure:
+    """Accuracy against labels with error bars, all rows of a results table."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     names = list(dict.fromkeys((r["name"], r["init"]) for r in rows))
     several = len({init for _, init in names if init != "none"}) > 1
@@ -42,8 +50,7 @@ def accuracy_picture(rows: list[dict], path: Path, title: str) -> None:
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=144)
-    plt.close(figure)
+    return figure
 
 
 def _spread(ends: list[list], gap: float) -> None:
@@ -54,17 +61,20 @@ def _spread(ends: list[list], gap: float) -> None:
 
 
 CURVES = {
+    "loss": ("loss",),
+    "learning rate": ("lr",),
+    "tau": ("tau",),
     "k-NN top-1, %": ("knn_top1",),
     "std per dimension": ("std/representation", "std/projection"),
     "effective rank": ("rank/representation", "rank/projection"),
 }
 
 
-def curves_picture(runs: list[list[dict]], path: Path) -> None:
-    """k-NN, std and rank over the steps of pretraining, as a PNG; `runs` are rows of metrics."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    for axes, (title, keys) in zip(panels, CURVES.items(), strict=True):
-        for number, rows in enumerate(runs):
+def curves_figure(runs: dict[str, list[dict]]) -> Figure:
+    """CURVES over the steps of pretraining; `runs` are rows of metrics by name, a colour each."""
+    figure, panels = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    for axes, (title, keys) in zip(panels.flat, CURVES.items(), strict=True):
+        for number, rows in enumerate(runs.values()):
             for key, style in zip(keys, ("-", "--"), strict=False):
                 points = [(r["step"] + 1, r[key]) for r in rows if key in r]
                 steps, values = zip(*points, strict=True) if points else ((), ())
@@ -76,5 +86,91 @@ def curves_picture(runs: list[list[dict]], path: Path) -> None:
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=144)
-    plt.close(figure)
+    if len(runs) > 1:
+        handles = [plt.Line2D([], [], color=f"C{i}") for i in range(len(runs))]
+        figure.legend(handles, runs, loc="outside lower center", frameon=False, fontsize=8, ncols=3)
+    return figure
+
+
+def methods_figure(rows: list[dict]) -> Figure:
+    """Methods under one budget, best on top, a panel for each label budget; controls as lines.
+
+    rows   {name, kind: linear | knn, labels, top1, std}; those without k-NN figures are controls
+    """
+    budgets = sorted({r["labels"] for r in rows})
+    methods = {r["name"] for r in rows if r["kind"] == "knn"}
+    best = {
+        r["name"]: r["top1"] for r in rows if r["kind"] == "linear" and r["labels"] == budgets[-1]
+    }
+    order = sorted(methods, key=best.get)
+    figure, panels = plt.subplots(
+        1, len(budgets), figsize=(4.6 * len(budgets), 3.6), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axes, labels in zip(panels[0], budgets, strict=True):
+        for kind, marker, shift in (("linear", "o", 0.12), ("knn", "s", -0.12)):
+            mine = {r["name"]: r for r in rows if (r["kind"], r["labels"]) == (kind, labels)}
+            x, error = [mine[n]["top1"] for n in order], [mine[n]["std"] or 0 for n in order]
+            y = [place + shift for place in range(len(order))]
+            label = "k-NN" if kind == "knn" else kind
+            axes.errorbar(x, y, xerr=error, fmt=marker, ms=5, capsize=3, label=label)
+        for r in rows:
+            if r["name"] not in methods and r["labels"] == labels:
+                axes.axvline(r["top1"], color="grey", ls="--", lw=1)
+                axes.annotate(
+                    f"{r['name']} ", (r["top1"], len(order) - 0.5), rotation=90, ha="right",
+                    va="top", fontsize=8, color="grey",
+                )  # fmt: skip
+        axes.set_yticks(range(len(order)), order)
+        axes.set_ylim(-0.5, len(order) - 0.4)
+        axes.set_xlabel("top-1, %")
+        axes.set_title(f"{labels:,} labels", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0][0].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def confusion_figure(truth, guess, names: list[str]) -> Figure:
+    """Confusion in percent of each true class, and each class's accuracy; integer arrays (N,).
+
+    More than 25 classes go without names and numbers; the bars are then the worst ones'.
+    """
+    counts = np.zeros((len(names), len(names)))
+    np.add.at(counts, (truth, guess), 1)
+    share, few = 100 * counts / counts.sum(1, keepdims=True).clip(1), len(names) <= 25
+    side = min(9.0, max(4.0, 0.42 * len(names) + 1.5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(2 * side, side), layout="constrained")
+    left.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    for row, column in zip(*np.nonzero(share >= 0.5), strict=True) if few else ():
+        colour = "white" if share[row, column] > 55 else "black"
+        text = f"{share[row, column]:.0f}"
+        left.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    ticks = range(len(names)) if few else ()
+    left.set_xticks(ticks, [names[i] for i in ticks], rotation=45, ha="right")
+    left.set_yticks(ticks, [names[i] for i in ticks])
+    left.set_xlabel("predicted")
+    left.set_ylabel("true")
+    shown = ticks if few else np.argsort(share.diagonal(), kind="stable")[:25]
+    right.barh(range(len(shown)), share.diagonal()[shown], color="C0")
+    right.set_yticks(range(len(shown)), [names[i] for i in shown])
+    right.invert_yaxis()
+    right.set_xlim(0, 100)
+    right.set_xlabel("accuracy of the class, %" + " (the 25 worst)" * (not few))
+    right.spines[["top", "right"]].set_visible(False)
+    right.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def map_figure(points, labels, names: list[str]) -> Figure:
+    """Points (N, 2) coloured by class; the legend ends at 20 classes."""
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    colours = plt.get_cmap("tab10" if len(names) <= 10 else "turbo", len(names))
+    for number, name in enumerate(names):
+        mine = points[labels == number]
+        axes.scatter(mine[:, 0], mine[:, 1], s=7, color=colours(number), label=name)
+    if len(names) <= 20:
+        place = dict(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+        axes.legend(frameon=False, fontsize=8, **place)
+    axes.set_axis_off()
+    return figure

@@ -165,11 +165,12 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
             "One pretraining seed: the intervals hold the label draws' variance, not its.",
             "",
         ]
-    lines += [
-        "| claim, named beforehand | init | labels | difference | 95 % interval | draws x seeds "
-        "| holds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    if claims:
+        lines += [
+            "| claim, named beforehand | init | labels | difference | 95 % interval "
+            "| draws x seeds | holds |",
+            "|---|---|---|---|---|---|---|",
+        ]
     for c in claims:
         interval = c["interval"]
         text = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "one draw: none"

@@ -19,6 +19,11 @@ from training.config import UserError, differences
 from training.distributed import Processes, sum_over_ranks
 
 SECONDS_A_LINE = 30  # where there is no terminal for a progress bar
+GROUPS = {  # of TensorBoard's scalars; losses and what a method logs beside them are the rest
+    "schedule": ("lr", "tau"),
+    "speed": ("images_per_second",),
+    "accuracy": ("knn_top1", "online_probe_top1", "train_top1"),
+}
 
 
 def say(processes: Processes, text: str) -> None:
@@ -169,7 +174,7 @@ class RunFolder:
         if self.writer is not None:
             for name, value in row.items():
                 if name not in ("step", "epoch"):
-                    self.writer.add_scalar(name, value, row["step"])
+                    self.writer.add_scalar(tag(name), value, row["step"])
         knn = f" knn {row['knn_top1']:.1f}" if "knn_top1" in row else ""
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(f"loss {row['loss']:.3f}{knn}", refresh=False)
@@ -177,6 +182,20 @@ class RunFolder:
             self.next_line = time.monotonic() + SECONDS_A_LINE
             text = f"step {row['step'] + 1}/{self.total}  loss {row['loss']:.3f} {knn}"
             print(f"{text}  {row['images_per_second']} images/s", flush=True)
+
+    def show(self, config: dict, views: torch.Tensor) -> None:
+        """In TensorBoard: the settings as a table, and a picture of views, (3, H, W) in 0..1."""
+        if self.writer is not None:
+            rows = [(s, k, v) for s, table in config.items() for k, v in table.items()]
+            lines = ["| table | key | value |", "|---|---|---|"]
+            lines += [f"| {s} | {k} | {json.dumps(v)} |" for s, k, v in rows if s != "recipe"]
+            self.writer.add_text("config", "\n".join(lines))
+            self.writer.add_image("views", views)
+
+    def embed(self, step: int, features: torch.Tensor, names: list[str], images) -> None:
+        """In TensorBoard's projector: features (N, D) with class names and images (N, 3, s, s)."""
+        if self.writer is not None and not (self.out / f"{step:05d}").exists():
+            self.writer.add_embedding(features, names or None, images, step, "features")
 
     def flush(self) -> None:
         """Rows on the disk before the checkpoint that stands for them."""
@@ -199,6 +218,14 @@ class RunFolder:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+
+def tag(name: str) -> str:
+    """A figure's name in TensorBoard, with its group: std/representation -> collapse/std ..."""
+    if "/" in name:
+        return "collapse/" + name.replace("/", " ")
+    groups = (group for group, names in GROUPS.items() if name in names)
+    return f"{next(groups, 'loss')}/{name}"
 
 
 def read_metrics(path: Path) -> list[dict]:

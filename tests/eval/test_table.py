@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.pictures import accuracy_picture, curves_picture
+from eval.pictures import accuracy_figure, curves_figure, save
 from eval.table import T975, Cells, markdown, paired_interval
 
 
@@ -155,12 +155,12 @@ def test_one_draw_is_printed_without_spread_or_verdict(tmp_path):
     assert claims[0]["interval"] is None and claims[0]["difference"] == 10
     text = markdown(cells.rows(), claims, "t", [])
     assert "not shown" in text and "±" not in text.split("Top-1")[0]
-    accuracy_picture(cells.rows(), tmp_path / "one.png", "t")
+    save(accuracy_figure(cells.rows(), "t"), tmp_path / "one.png")
 
 
 def test_the_picture_is_a_png(tmp_path):
     rows = filled(tmp_path / "cells.jsonl").rows()
-    accuracy_picture(rows, tmp_path / "results.png", "The title")
+    save(accuracy_figure(rows, "The title"), tmp_path / "results.png")
     data = (tmp_path / "results.png").read_bytes()
     assert data.startswith(b"\x89PNG") and len(data) > 10000
     json.dumps(rows)  # plain numbers
@@ -168,7 +168,7 @@ def test_the_picture_is_a_png(tmp_path):
 
 def test_the_curves_are_a_png_also_where_nothing_was_watched(tmp_path):
     rows = [{"step": s, "knn_top1": 50.0, "std/representation": 0.1} for s in (0, 99)]
-    curves_picture([rows, [{"step": 0, "loss": 4.0}]], tmp_path / "curves.png")
+    save(curves_figure({"a": rows, "b": [{"step": 0, "loss": 4.0}]}), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

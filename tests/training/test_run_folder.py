@@ -9,6 +9,7 @@ import forked
 import pytest
 import torch
 
+import data.sample
 from training.config import UserError
 from training.distributed import SINGLE, Processes
 from training.run_folder import RunFolder, check_free, read_metrics, write_json
@@ -133,3 +134,31 @@ def test_json_is_written_whole(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": [1, 2]} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_tensorboard_has_groups_settings_views_and_a_projector(trained_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(trained_run))
+    found.Reload()
+    tags = found.Tags()
+    expected = {"loss/loss", "schedule/lr", "schedule/tau", "speed/images_per_second",
+                "accuracy/knn_top1", "collapse/std representation"}  # fmt: skip
+    assert expected <= set(tags["scalars"])
+    groups = {tag.split("/")[0] for tag in tags["scalars"]}
+    assert groups == {"loss", "schedule", "speed", "accuracy", "collapse"}
+    rows = {row["step"]: row for row in read_metrics(trained_run / "metrics.jsonl")}
+    events = found.Scalars("schedule/tau")
+    assert {e.step: pytest.approx(e.value) for e in events} == {
+        k: r["tau"] for k, r in rows.items()
+    }
+    (settings,) = found.Tensors("config/text_summary")
+    text = settings.tensor_proto.string_val[0].decode()
+    assert "| optim | batch_size | 64 |" in text and "| byol | projection | 32 |" in text
+    (views,) = found.Images("views")
+    assert (views.width, views.height) == (16 * 16, 2 * 16)
+    folder = trained_run / "00009" / "features"
+    assert len((folder / "tensors.tsv").read_text().splitlines()) == 100
+    labels = (folder / "metadata.tsv").read_text().splitlines()
+    assert len(labels) == 100 and set(labels) <= set(data.sample.CLASSES)
+    assert (folder / "sprite.png").exists()
