@@ -8,6 +8,7 @@ The same script trains every method of variants/, see there.
 """
 
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ def configure(argv: list[str], method_class=BYOL):
         sections,
         own=method_class.name,
         defaults=method_class.defaults,
-        description=__doc__,
+        description=__doc__
+        if method_class is BYOL
+        else sys.modules[method_class.__module__].__doc__,
         hide=("labels", "draw", "fold", "evaluate_on"),
     )
     config.view1.check("view1")

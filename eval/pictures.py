@@ -71,9 +71,16 @@ CURVES = {
 
 
 def curves_figure(runs: dict[str, list[dict]]) -> Figure:
-    """CURVES over the steps of pretraining; `runs` are rows of metrics by name, a colour each."""
-    figure, panels = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    for axes, (title, keys) in zip(panels.flat, CURVES.items(), strict=True):
+    """Those of CURVES that were logged, over the steps; `runs` are rows of metrics by name."""
+    logged = {key for rows in runs.values() for row in rows for key in row}
+    shown = {title: keys for title, keys in CURVES.items() if logged & set(keys)}
+    down = -(-len(shown) // 3)
+    figure, panels = plt.subplots(
+        down, 3, figsize=(11, 3 * down), squeeze=False, layout="constrained"
+    )
+    for axes in panels.flat[len(shown) :]:
+        axes.set_axis_off()
+    for axes, (title, keys) in zip(panels.flat, shown.items(), strict=False):
         for number, rows in enumerate(runs.values()):
             for key, style in zip(keys, ("-", "--"), strict=False):
                 points = [(r["step"] + 1, r[key]) for r in rows if key in r]

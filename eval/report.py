@@ -36,7 +36,7 @@ from training.run_folder import read_json, read_metrics
 from training.weights import read_weights
 
 THEMES = {"light": "default", "dark": "dark_background"}
-QUERIES, NEIGHBOURS, MISTAKES, MAPPED, TILE = 8, 6, 24, 2000, 144
+QUERIES, NEIGHBOURS, MISTAKES, MAPPED, TILE = 8, 6, 24, 1000, 144
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1b1f24;--soft:#57606a;--line:#d8dce2;
 --good:#1a7f37;--bad:#c62f2f}
@@ -104,7 +104,7 @@ def _row(folder: Path, result: dict, others: dict) -> dict:
     row = {k: result[k] for k in ("name", "labels", "protocol", "seconds", "test_images")}
     row |= {"init": read_json(folder / "config.json")["config"]["encoder"]["init"], "draws": 1}
     row |= {"top1_mean": result["top1"], "top1_std": result.get("top1_std"), "pretrain_seeds": 1}
-    if sum(r["name"] == row["name"] for r in others.values()) > 1:
+    if sum((r["name"], r["labels"]) == (row["name"], row["labels"]) for r in others.values()) > 1:
         row["name"] += f" {folder}"
     return row
 

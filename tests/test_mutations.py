@@ -19,6 +19,7 @@ VIEWS, LOADER, DATA = (f"tests/data/test_{n}.py" for n in ("views", "loader", "d
 LARS, LOOP = "tests/training/test_optimizers.py", "tests/training/test_loop.py"
 PLAN, RESUME = "tests/training/test_schedules.py", "tests/training/test_resume.py"
 SAVING, STOPPING = (f"tests/training/test_{n}.py" for n in ("checkpoints", "stopping"))
+NETWORKS = "tests/byol/test_networks.py"
 SCRIPTS, WEIGHTS = "tests/test_scripts.py", "tests/training/test_weights.py"
 FEATURES, HELD = "tests/eval/test_features.py", "tests/eval/test_held_out.py"
 
@@ -219,6 +220,17 @@ MUTATIONS = {
     "overlapping label draws between rows": (
         "data/datasets.py", "np.random.SeedSequence([draw, 0x1ABE1])",
         "np.random.SeedSequence([draw, count])", f"{DATA} -k nested"),
+    "test images in a report of validation images": (
+        "eval/report.py", 'settings["flags"].get("data.evaluate_on", on)', '"test"',
+        "tests/eval/test_report.py -k no_test_image"),
+    "your own images normalised as ImageNet's": (
+        "eval/trained.py", 'meta.get("mean", IMAGENET_MEAN), meta.get("std", IMAGENET_STD)',
+        "IMAGENET_MEAN, IMAGENET_STD", "tests/eval/test_trained.py -k predict_with"),
+    "another library's moving average": (
+        "training/weights.py", "if not AVERAGES & set(", "if AVERAGES & set(",
+        f"{WEIGHTS} -k other_libraries"),
+    "the wrong tap on a map of one pixel": (
+        "byol/networks.py", "[:, :, 1:2, 1:2]", "[:, :, 0:1, 0:1]", f"{NETWORKS} -k one_pixel"),
     # nothing lost
     "checksums that nobody looks at": (
         "training/checkpoints.py", 'return "" if actual == expected else', 'return "" if 1 else',

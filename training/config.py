@@ -273,6 +273,8 @@ def read_config(
     Raises UserError for anything unknown or out of range.
     """
     values = {name: dataclasses.asdict(cls()) for name, cls in sections.items()}
+    if unknown := [table for table in defaults or {} if table not in sections]:
+        raise UserError(f"defaults: unknown table {unknown[0]}" + _near(unknown[0], sections))
     _layer(values, sections, defaults or {}, None, "defaults")
     given = vars(_parser(description, sections, values, extra, hide).parse_args(argv))
     flags = {key: given.pop(key) for key in list(given) if "." in key}

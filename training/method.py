@@ -105,5 +105,10 @@ class OnlineProbe(Method):
 
 def at_least_float32(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The outputs of a forward pass as the loss gets them: half precisions become float32."""
+    for name, value in outputs.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"forward gave a {type(value).__name__} as {name}, not a tensor (V, B, D)"
+            )
     half = (torch.float16, torch.bfloat16)
     return {k: v.float() if v.dtype in half else v for k, v in outputs.items()}

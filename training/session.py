@@ -41,9 +41,15 @@ class Session:
         if run.compile:
             method.compile()
         self.model = distributed.wrap(method, processes, run.batch_norm)
-        self.optimizer = build_optimizer(
-            o.optimizer, method.parameter_groups(o.weight_decay), o.momentum, o.nesterov
-        )
+        groups = [g | {"params": [*g["params"]]} for g in method.parameter_groups(o.weight_decay)]
+        given = {id(p) for group in groups for p in group["params"]}
+        for name, parameter in method.named_parameters():
+            if parameter.requires_grad and id(parameter) not in given:
+                raise RunError(
+                    f"{name} is in no group of {method.name}'s parameter_groups and would not be "
+                    "trained; add it, or give it requires_grad_(False)"
+                )
+        self.optimizer = build_optimizer(o.optimizer, groups, o.momentum, o.nesterov)
         self.precision = Precision(
             pick_precision(run.precision, processes.device), processes.device
         )

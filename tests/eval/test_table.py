@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from scipy import stats
@@ -166,10 +167,15 @@ def test_the_picture_is_a_png(tmp_path):
     json.dumps(rows)  # plain numbers
 
 
-def test_the_curves_are_a_png_also_where_nothing_was_watched(tmp_path):
-    rows = [{"step": s, "knn_top1": 50.0, "std/representation": 0.1} for s in (0, 99)]
-    save(curves_figure({"a": rows, "b": [{"step": 0, "loss": 4.0}]}), tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_the_curves_are_those_that_were_logged():
+    rows = [{"step": s, "knn_top1": 50.0 + s, "std/representation": 0.1} for s in (0, 99)]
+    figure = curves_figure({"a": rows, "b": [{"step": 0, "loss": 4.0}]})
+    shown = {axes.get_title(): axes for axes in figure.axes if axes.axison}
+    assert list(shown) == ["loss", "k-NN top-1, %", "std per dimension"]
+    first, second = shown["k-NN top-1, %"].lines
+    assert first.get_xydata().tolist() == [[1, 50], [100, 149]] and not len(second.get_xydata())
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b"]
+    plt.close(figure)
 
 
 def test_claims_pair_draws_by_their_number(tmp_path):

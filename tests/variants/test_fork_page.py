@@ -80,6 +80,49 @@ def test_symmetric_views_are_equal(recipe):
     assert vars(config.view1) == vars(config.view2)
 
 
+class Forgetful(BYOL):
+    """A generator is a list of parameters too."""
+
+    name = "forgetful"
+    forgotten = ""
+
+    def parameter_groups(self, weight_decay):
+        kept = (p for n, p in self.named_parameters() if p.requires_grad and n != self.forgotten)
+        return [{"params": kept}]
+
+
+def test_a_parameter_that_no_group_has_is_named(sample, recipe, tmp_path, capsys):
+    flags = ["--recipe", recipe, "--quiet", "--steps", "1", "--out"]
+    Forgetful.forgotten = "predictor.3.weight"
+    with pytest.raises(SystemExit):
+        train_byol.main(Forgetful, [*flags, str(tmp_path / "a")])
+    error = capsys.readouterr().err
+    assert "predictor.3.weight is in no group of forgetful's parameter_groups" in error
+    Forgetful.forgotten = ""
+    train_byol.main(Forgetful, [*flags, str(tmp_path / "b")])
+    before, after = (
+        torch.load(tmp_path / "b/checkpoints/step-00000001.pt", weights_only=True)["model"][name]
+        for name in ("target_projector.3.weight", "projector.3.weight")
+    )
+    assert not torch.equal(before, after)
+
+
+def test_mistakes_of_a_method_are_told(sample, recipe, tmp_path, capsys):
+    class Unknown(BYOL):
+        defaults = {"optimizer": {"lr": 1.0}}
+
+    class Unstacked(BYOL):
+        def forward(self, *views):
+            return super().forward(*views) | {"extra": list(views)}
+
+    flags = ["--recipe", recipe, "--quiet", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        train_byol.main(Unknown, flags)
+    assert "defaults: unknown table optimizer; did you mean optim?" in capsys.readouterr().err
+    with pytest.raises(TypeError, match="forward gave a list as extra, not a tensor"):
+        train_byol.main(Unstacked, flags)
+
+
 class OwnEncoder(nn.Module):
     """A network of one's own, with the one attribute that the others ask for."""
 
