@@ -79,13 +79,11 @@ def find(folders: list[Path]) -> Runs:
         if (folder / "results.json").exists():
             found.tables.append((folder / "results.md").read_text())
             found.rows += json.loads((folder / "results.json").read_text())
-            settings, cells = (
-                read_json(folder / "settings.json"),
-                Cells(folder / "cells.jsonl", False),
-            )
+            settings = read_json(folder / "settings.json")
             on = settings["recipe"].get("data", {}).get("evaluate_on", "test")
             found.measured["evaluate_on"] = settings["flags"].get("data.evaluate_on", on)
-            found.measured["draw"] = min(cell["draw"] for cell in cells.cells.values())
+            cells = Cells(folder / "cells.jsonl", False).cells.values()
+            found.measured["draw"] = min(cell["draw"] for cell in cells)
         else:
             scripts |= {f: r for f, r in results.items() if "top1" in r}
     if scripts:
