@@ -5,6 +5,7 @@ BIN = $(VENV)/bin
 
 demo: $(VENV)/.installed
 	$(BIN)/python reproduce.py --recipe recipes/sample.toml --out runs/sample
+	$(BIN)/python -m eval.report runs/sample
 
 test: $(VENV)/.installed-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,6 +1,8 @@
 """See the augmentation: originals, both views, and each operation at its extremes, as one PNG.
 
 python -m data.preview --recipe recipes/sample.toml
+
+Written to preview.png or --out; a file that exists is not replaced.
 """
 
 import numpy as np

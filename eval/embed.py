@@ -1,6 +1,8 @@
 """Features of a whole data set, for other tools: one .npz with labels and file names.
 
 python -m eval.embed --ckpt runs/byol-mine --dataset folder --data-root DIR --out features.npz
+
+It holds features (N, D) float32, labels (-1: unknown), files, splits and classes.
 """
 
 import io

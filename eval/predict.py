@@ -1,5 +1,7 @@
 """What a classifier says of your own images.
 
+RUN is one of linear_eval.py, finetune.py or train_baseline.py, or a pretraining run with the first.
+
 python -m eval.predict --ckpt runs/byol-mine/linear image.jpg DIR
 python -m eval.predict --ckpt runs/byol-mine --json DIR > predictions.jsonl
 """

@@ -3,6 +3,7 @@
 python -m eval.report runs/sample                         # a folder of reproduce.py
 python -m eval.report runs/byol-mine runs/baseline-mine   # runs of the scripts, with evaluations
 
+Confusion, neighbours, map and mistakes are the first pretraining run's, and need its data.
 Written into the first folder, anew each time, unless --out names another file.
 """
 
@@ -66,7 +67,7 @@ class Runs:
 
 
 def find(folders: list[Path]) -> Runs:
-    """UserError for a folder that holds no finished run."""
+    """UserError where no folder holds a finished run."""
     found, scripts = Runs(), {}
     for folder in folders:
         if not folder.is_dir():

@@ -162,7 +162,7 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
     lines += [""]
     if any(c["pretrain_seeds"] == 1 for c in claims):
         lines += [
-            "One pretraining seed: the intervals hold the label draws' variance, not its.",
+            "One pretraining seed: the intervals hold the variance over label draws alone.",
             "",
         ]
     if claims:

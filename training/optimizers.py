@@ -48,4 +48,4 @@ def build_optimizer(name: str, groups: list[dict], momentum: float, nesterov=Fal
     groups = [{k: v for k, v in group.items() if k != "adapt"} for group in groups]
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
-    return torch.optim.AdamW(groups, lr=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)

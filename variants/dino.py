@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax, normalize
 
-from byol.byol import target_decay
+from byol.byol import normalize, target_decay
 from data.views import View2Config, ViewConfig
 from train_byol import main
 from training.distributed import sum_over_ranks
@@ -19,23 +18,28 @@ from training.method import Method, option
 
 
 class Head(nn.Sequential):
-    """Three layers to a normalised bottleneck; scores are cosines with prototypes (App. C)."""
+    """Three layers to a normalised bottleneck; scores are cosines with prototypes (App. C).
+
+    With batch norm, which the authors' code offers: short runs do not begin to learn without.
+    """
 
     def __init__(self, d: int, h: int, scores: int) -> None:
-        super().__init__(nn.Linear(d, h), nn.GELU(), nn.Linear(h, h), nn.GELU(), nn.Linear(h, 256))
+        block = [m for n in (d, h) for m in (nn.Linear(n, h), nn.BatchNorm1d(h), nn.GELU())]
+        super().__init__(*block, nn.Linear(h, 256))
         self.prototypes = nn.Parameter(torch.randn(scores, 256))
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x).to(self.prototypes.dtype)
         with torch.autocast(x.device.type, enabled=False):  # half precisions are too coarse here
-            return normalize(y, dim=-1) @ normalize(self.prototypes, dim=1).T
+            return normalize(y) @ normalize(self.prototypes).T
 
 
 class DINO(Method):
     """Student and teacher; the teacher's centred, sharpened scores are the student's targets.
 
-    Settings are the authors' for a ResNet-50.  Left out: warm-up of the teacher's temperature, the
-    first epoch's frozen prototypes, gradient clipping, a schedule of weight decay.
+    Rate, decay, areas, temperatures and tau are the authors' for a ResNet-50; prototypes and small
+    crops are fewer.  Left out: warm-up of the teacher's temperature, the first epoch's frozen
+    prototypes, gradient clipping, a schedule of weight decay.
     """
 
     name = "dino"
@@ -49,6 +53,7 @@ class DINO(Method):
         prototypes: int = option(4096, "scores (paper: 65536)", low=2)
         local_views: int = option(4, "small crops", low=1)
         local_size: int = option(48, "side of the small crops, pixels", low=8)
+        local_area: float = option(0.14, "their largest area, the large ones' smallest", low=0.05)
         teacher_temperature: float = option(0.04, "of the teacher's softmax", low=0.001)
         base_tau: float = option(0.996, "EMA decay of the teacher at first", low=0, high=1)
 
@@ -57,32 +62,33 @@ class DINO(Method):
         self.head = Head(encoder.feature_size, config.hidden, config.prototypes)
         self.teacher = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.prototypes))
-        self.register_buffer("seen", torch.zeros(config.prototypes + 1))  # sum and count of a step
-        small = ViewConfig(size=config.local_size, area=[0.05, 0.14], blur_p=0.5)
-        self.views = ViewConfig(area=[0.14, 1.0]), View2Config(area=[0.14, 1.0])
-        self.views += (small,) * config.local_views
+        self.register_buffer(
+            "seen", torch.zeros(config.prototypes + 1), persistent=False
+        )  # of a step
+        small = ViewConfig(size=config.local_size, area=[0.05, config.local_area], blur_p=0.5)
+        large = dict(area=[config.local_area, 1.0])
+        self.views = ViewConfig(**large), View2Config(**large), *[small] * config.local_views
 
     def forward(self, *views):
-        with torch.no_grad():
-            target = torch.stack([self.teacher(view) for view in views[:2]])
+        target = torch.stack([self.teacher(view) for view in views[:2]])
         y = torch.stack([self.encoder(view) for view in views])
-        return {"representation": y, "prediction": self.head(y), "target": target}
+        q = torch.stack([self.head(x) for x in y])
+        return {"representation": y, "prediction": q, "target": target}
 
     def loss(self, outputs):
         """Mean cross-entropy over all pairs of a large view and another one (eq. 2)."""
         p = ((outputs["target"] - self.center) / self.config.teacher_temperature).softmax(2)
-        log_q = log_softmax(outputs["prediction"] / 0.1, dim=2)
+        log_q = (outputs["prediction"] / 0.1).log_softmax(2)
         pairs = [(t, s) for t in range(2) for s in range(len(log_q)) if s != t]
         self.seen += torch.cat([outputs["target"].mean((0, 1)), torch.ones_like(self.seen[:1])])
         return -sum((p[t] * log_q[s]).sum(1).mean() for t, s in pairs) / len(pairs), {}
 
-    @torch.no_grad()
     def after_step(self, progress):
         tau = target_decay(self.config.base_tau, progress)
         seen = sum_over_ranks(self.seen.clone())
         self.center.lerp_(seen[:-1] / seen[-1], 0.1)  # eq. 4, m = 0.9, over all processes
         self.seen.zero_()
-        student = [*self.encoder.parameters(), *self.head.parameters()]
+        student = [p.detach() for m in (self.encoder, self.head) for p in m.parameters()]
         torch._foreach_lerp_([*self.teacher.parameters()], student, 1 - tau)
         return {"tau": tau}
 

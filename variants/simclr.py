@@ -34,7 +34,7 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
 class SimCLR(Method):
     """An encoder and a projector, trained by the normalised temperature-scaled cross-entropy.
 
-    Views are the recipe's, as for all methods here: SimCLR's own have twice the colour jitter.
+    Views are the recipe's; SimCLR's own have twice the colour jitter.
     """
 
     name = "simclr"

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import data.sample
+import train_byol
+from byol.byol import BYOL
 from training.config import UserError
 from training.distributed import SINGLE, Processes
 from training.run_folder import RunFolder, check_free, read_metrics, write_json
@@ -162,3 +164,10 @@ def test_tensorboard_has_groups_settings_views_and_a_projector(trained_run):
     labels = (folder / "metadata.tsv").read_text().splitlines()
     assert len(labels) == 100 and set(labels) <= set(data.sample.CLASSES)
     assert (folder / "sprite.png").exists()
+
+
+def test_two_processes_write_one_projector(sample, recipe, tmp_path):
+    flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--quiet", "--steps", "2"]
+    forked.run(train_byol.main, BYOL, [*flags, "--knn-every", "2"], ranks=2)
+    folder = tmp_path / "run" / "00001" / "features"
+    assert len((folder / "tensors.tsv").read_text().splitlines()) == 100

@@ -1,0 +1,47 @@
+"""All methods under one budget."""
+
+import json
+
+import numpy as np
+import pytest
+
+from byol.byol import BYOL
+from eval.table import Cells
+from variants import compare
+from variants.simsiam import SimSiam
+
+
+def test_methods_share_budget_and_controls(sample, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "METHODS", (BYOL, SimSiam))
+    flags = ["--recipe", recipe, "--out", str(tmp_path / "m"), "--quiet", "--steps", "4"]
+    flags += ["--reproduce.seeds", "2", "--linear.strength", "0.1"]
+    rows = compare.main(flags)["rows"]
+    assert rows == json.loads((tmp_path / "m/methods.json").read_text())
+    for name in ("byol", "simsiam"):
+        for seed in (0, 1):
+            folder = tmp_path / "m" / f"{name}-seed{seed}"
+            assert json.loads((folder / "result.json").read_text())["steps"] == 4
+            config = json.loads((folder / "config.json").read_text())["config"]
+            assert config["run"]["seed"] == seed and config["optim"]["batch_size"] == 64
+    cells = Cells(tmp_path / "m/cells.jsonl", False)
+    assert len(rows) == 2 * 2 * 2 + 2 * 2
+    for row in rows:
+        own = row["name"] if row["name"] in compare.CONTROLS else f"{row['name']}-{row['kind']}"
+        init = "none" if row["name"] in compare.CONTROLS else "random"
+        values = cells.matrix(own, init, row["labels"])[0]
+        assert values.shape == (row["seeds"], 2)
+        assert row["top1"] == pytest.approx(values.mean())
+        if row["seeds"] > 1:
+            assert row["std"] == pytest.approx(np.std(values.mean(1), ddof=1))
+    text = (tmp_path / "m/methods.md").read_text().splitlines()
+    assert len(text) == 2 + 4 and len({line.count("|") for line in text}) == 1
+    assert (tmp_path / "m/methods.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_mistake_in_any_methods_table_shows_before_the_first(recipe, tmp_path, capsys):
+    path = tmp_path / "bad.toml"
+    path.write_text(open(recipe).read().replace("[dino]", "[dino]\nwidth = 3"))
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["--recipe", str(path), "--out", str(tmp_path / "m")])
+    assert stop.value.code == 2 and "[dino] has no key width" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
