@@ -62,9 +62,8 @@ class DINO(Method):
         self.head = Head(encoder.feature_size, config.hidden, config.prototypes)
         self.teacher = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.prototypes))
-        self.register_buffer(
-            "seen", torch.zeros(config.prototypes + 1), persistent=False
-        )  # of a step
+        # sum and count of a step: nothing of it outlives the step
+        self.register_buffer("seen", torch.zeros(config.prototypes + 1), persistent=False)
         small = ViewConfig(size=config.local_size, area=[0.05, config.local_area], blur_p=0.5)
         large = dict(area=[config.local_area, 1.0])
         self.views = ViewConfig(**large), View2Config(**large), *[small] * config.local_views
