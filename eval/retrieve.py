@@ -4,6 +4,7 @@ python -m eval.retrieve --ckpt runs/byol-mine --query image.jpg --gallery DIR --
 """
 
 import json
+import sys
 
 import numpy as np
 from torch.nn.functional import normalize
@@ -31,6 +32,7 @@ def run(given) -> list[dict]:
         rows.append([x.float() / 255 for x in pixels])
     heads = ["query", *(f"{c:.3f}" for c in cosine[0].tolist())] if len(rows) == 1 else ["query"]
     mosaic(rows, heads).save(out, "png")
+    print(f"{out}: a row a query, then its nearest", file=sys.stderr)
     return lines
 
 
