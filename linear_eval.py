@@ -101,7 +101,8 @@ def run(config, processes: Processes) -> dict:
                 meta = config.weights.meta | dict(arch=e.arch, stem=e.stem, width=e.width)
                 meta |= dict(mean=mean, std=std, frame=list(sizes))
                 meta |= dict(stored=min(splits[0].train.images.shape))
-                content = {"encoder": config.weights.state_dict, "meta": meta}
+                state = {k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}
+                content = {"encoder": state, "meta": meta}
                 content |= {"head": classifier.head.state_dict(), "classes": data.class_names}
                 content |= {"feature_mean": classifier.mean, "feature_std": classifier.std}
                 save_file(out / "classifier.pt", content)
@@ -124,9 +125,10 @@ def evaluate(config, frozen: FrozenEncoder, features: Features, split):
     test, truth = features(split.test), torch.from_numpy(split.test.labels)
     if config.head == "knn":
         known = features(split.train), torch.from_numpy(split.train.labels), test, truth
-        figures = {f"cosine_{k}nn": round(knn_top1(*known, k=k), 4) for k in (5, 20, 200)}
-        figures["euclidean_5nn"] = round(euclidean_knn_top1(*known), 4)
-        return {"top1": figures["cosine_20nn"], **figures}, None
+        few, usual, many = (min(k, len(split.train)) for k in (5, 20, 200))
+        figures = {f"cosine_{k}nn": round(knn_top1(*known, k=k), 4) for k in (few, usual, many)}
+        figures[f"euclidean_{few}nn"] = round(euclidean_knn_top1(*known, k=few), 4)
+        return {"top1": figures[f"cosine_{usual}nn"], **figures}, None
     if config.protocol == "augmented":
         crop, seed = config.data.crop_size, config.run.seed
         classifier = fit_augmented(frozen, split.train, config.augmented, crop, seed)

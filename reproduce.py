@@ -40,7 +40,7 @@ from training.config import (
 )
 from training.run_folder import git_commit, read_json, read_metrics, say, write_json
 from training.stopping import STOPPED
-from training.weights import imagenet_weights, initialise, read_weights
+from training.weights import fetch, initialise, read_weights
 
 HIDE = tuple("labels draw fold init resume overwrite stop_after online_probe seed".split())
 SHARED = ("data", "encoder", "run")  # sections whose flags go on to the scripts
@@ -74,10 +74,16 @@ def configure(argv: list[str], method_class=train_byol.BYOL):
         raise UserError("--recipe is missing: name one of recipes/*.toml")
     config.run.out = config.run.out or f"runs/{Path(config.recipe).stem}"
     # The scripts below read the same recipe; a mistake in any of their tables shows up now.
-    train_byol.configure(["--recipe", config.recipe], method_class)
-    train_baseline.configure(["--recipe", config.recipe])
+    recipe = ["--recipe", config.recipe]
     sections = {"optim": OptimConfig, "finetune": finetune.Finetune.Config}
-    read_config(["--recipe", config.recipe], sections, own="finetune")
+    config.optim = train_byol.configure(recipe, method_class).optim
+    baseline = train_baseline.configure(recipe)
+    tuning = read_config(recipe, sections, own="finetune", defaults=finetune.DEFAULTS)
+    budget = min(config.reproduce.budgets)
+    for table, settings in {"baseline": baseline, "finetune": tuning}.items():
+        if settings.optim.batch_size > budget:
+            text = f"batches of [{table}] have {settings.optim.batch_size} images"
+            raise UserError(f"--reproduce.budgets {budget}: {text}; lower its batch_size")
     return config
 
 
@@ -88,6 +94,15 @@ class Table:
         self.config, self.processes = config, processes
         self.quiet = dataclasses.replace(processes, quiet=True)
         self.out = Path(config.run.out)
+        self.data = datasets.load(config.data)
+        for budget in config.reproduce.budgets:  # refuses those that the data set can't give
+            try:
+                self.split(budget, config.reproduce.first_draw)
+            except UserError as error:  # it names the scripts' flag
+                raise UserError(str(error).replace("--labels", "--reproduce.budgets")) from None
+        images, _ = self.data.pretraining(config.data.pretrain_on)
+        if (batch := config.optim.batch_size) > len(images):
+            raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
         if processes.main:
             self.out.mkdir(parents=True, exist_ok=True)
             same_settings(self.out / "settings.json", config)
@@ -96,11 +111,8 @@ class Table:
         if not processes.main:
             self.cells = Cells(self.out / "cells.jsonl", False)
         distributed.barrier()
-        self.data = datasets.load(config.data)
         self.sizes = datasets.evaluation_sizes(config.data, self.data.train.shape)
         r = config.reproduce
-        for budget in r.budgets:
-            datasets.label_draw(self.data.train_labels, budget, 0)  # refuses impossible ones
         self.draws = range(r.first_draw, r.first_draw + r.draws)
         self.trained = range(r.first_draw, r.first_draw + r.trained_draws)
 
@@ -231,13 +243,17 @@ def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: l
         table.add(key, result["top1"], seconds, result["protocol"], result["test_images"])
 
 
+def prepare(config) -> None:
+    """Download and pack what is missing: found out now, not after hours."""
+    datasets.prepare(config.data)
+    for init in config.reproduce.inits:
+        fetch(dataclasses.replace(config.encoder, init=init))
+
+
 def run(config, processes, method_class=train_byol.BYOL) -> dict:
     """All rows; writes results.json, results.md and results.png into --out."""
     started, m = time.perf_counter(), method_class.name
     table, r = Table(config, processes), config.reproduce
-    if "imagenet" in r.inits:  # missing weights are found out now, not after hours
-        e = config.encoder
-        imagenet_weights(e.arch, e.stem, e.width)
     control_rows(table, r.inits)
     folders = []
     for init in r.inits:
@@ -292,7 +308,7 @@ def report(table: Table, rows, claims, folders: list[Path]) -> None:
     text = markdown(rows, claims, c.reproduce.title, notes)
     write_json(out / "results.json", rows)
     write_json(out / "claims.json", claims)
-    (out / "results.md").write_text(text)
+    (out / "results.md").write_text(text, encoding="utf-8")
     save(accuracy_figure(rows, c.reproduce.title), out / "results.png")
     curves = {f.name: read_metrics(f / "metrics.jsonl") for f in folders}
     save(curves_figure(curves), out / "curves.png")
@@ -304,7 +320,7 @@ def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -315,6 +331,7 @@ def main(method_class=train_byol.BYOL, argv: list[str] | None = None) -> dict:
         lambda args: configure(args, method_class),
         lambda config, processes: run(config, processes, method_class),
         argv,
+        prepare,
     )
 
 

@@ -18,7 +18,7 @@ from eval.classifiers import accuracy
 from eval.features import extract
 from eval.protocols import record
 from training.checkpoints import save_file
-from training.command import execute
+from training.command import execute, prepare_start
 from training.config import OptimConfig, RunConfig, read_config
 from training.distributed import Processes, barrier
 from training.run_folder import finished, say, write_json
@@ -131,7 +131,7 @@ def train(config, job: Job, split: datasets.Split, watch: Watch, trials: list = 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run from the command line."""
-    return execute(configure, run, argv)
+    return execute(configure, run, argv, prepare_start)
 
 
 if __name__ == "__main__":

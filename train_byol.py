@@ -19,7 +19,7 @@ from data import datasets
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
 from eval.held_out import HeldOut, hold_out_labels
-from training.command import execute
+from training.command import execute, prepare_start
 from training.config import OptimConfig, RunConfig, UserError, read_config
 from training.distributed import Processes, barrier
 from training.method import OnlineProbe
@@ -75,8 +75,8 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     mean, std = initialise(encoder, e, *images.statistics())
     method = method_class(encoder, config.method)
     if config.run.online_probe:
-        if labels is None or labels.max() < 0:
-            raise UserError("--online-probe: these images have no labels")
+        if labels is None or labels.max() < 1:
+            raise UserError("--online-probe: needs labelled images of two classes or more")
         labels = hold_out_labels(labels, data.train_labels)
         method = OnlineProbe(method, len(data.class_names))
 
@@ -149,6 +149,7 @@ def main(method_class=BYOL, argv: list[str] | None = None) -> dict:
         lambda args: configure(args, method_class),
         lambda config, processes: run(config, processes, method_class),
         argv,
+        prepare_start,
     )
 
 

@@ -54,6 +54,13 @@ def train_all(config, job: Job, train: Callable) -> dict:
     fewest, batch = min(len(split.train) for _, split, _ in every), config.optim.batch_size
     if batch > fewest:
         raise UserError(f"--batch-size {batch}: there are only {fewest} training images")
+    needed = 2 * job.processes.world_size * config.optim.accumulate
+    few = min((len(part.train) for *_, part in every if part), default=needed)
+    if few < needed:
+        raise UserError(
+            f"--sweep: without the held-out fifth {few} images are left; {needed} are needed, two "
+            "for each process and micro-batch"
+        )
     if config.sweep or config.folds:  # many runs in one folder, each of which can go on
         if run.resume not in ("", "auto"):
             raise UserError(f"--resume {run.resume}: with --sweep or --folds, --resume alone")

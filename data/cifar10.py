@@ -6,61 +6,76 @@ from pathlib import Path
 
 import numpy as np
 
-from data.datasets import DataConfig, Dataset
+from data.datasets import DataConfig, Dataset, pack_folders, writable
 from data.images import Images
-from data.locking import locked
 from training.config import UserError
+from training.locks import locked
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer",
            "dog", "frog", "horse", "ship", "truck"]  # fmt: skip
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 
 
-def _pack(root: Path, split: str, kind: str) -> Path:
-    return root / "packs" / f"cifar10-{split}-{kind}.npy"
+PARTS = [(split, kind) for split in ("train", "test") for kind in ("images", "labels")]
+
+
+def _pack(folder: Path, split: str, kind: str) -> Path:
+    return folder / f"cifar10-{split}-{kind}.npy"
+
+
+def _find(root: Path) -> Path | None:
+    """The folder that has all packs."""
+    places = pack_folders(root, "packs")
+    whole = (f for f in places if all(os.access(_pack(f, *part), os.R_OK) for part in PARTS))
+    return next(whole, None)
 
 
 def prepare(root: Path, data: DataConfig) -> None:
-    """Write `root`/packs/cifar10-*.npy where they are missing."""
-    packs = [_pack(root, s, k) for s in ("train", "test") for k in ("images", "labels")]
-    if all(pack.exists() for pack in packs):
+    """Write packs/cifar10-*.npy in `root`, or where that can't be done in ours, if missing."""
+    if _find(root):
         return
-    with locked(root / "packs" / "cifar10.lock"):
-        if all(pack.exists() for pack in packs):
-            return
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # seconds; torchvision itself would wait for ever
-        try:
-            for split in ("train", "test"):
-                _convert(root, split, data.download)
-        except Exception as error:  # urllib, tarfile, pickle and torchvision raise many kinds
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"--data-root: CIFAR-10 at {root}: {reason}; add --download (170 MB), or fetch "
-                f"{URL} and run: tar -xzf FILE -C {root}"
-            ) from error
-        finally:
-            socket.setdefaulttimeout(before)
+    folder, ours = pack_folders(root, "packs")
+    folder = folder if writable(folder / "cifar10.lock") else ours
+    with locked(folder / "cifar10.lock"):
+        for split in () if _find(root) else ("train", "test"):
+            _convert(root, split, data.download, folder)
 
 
-def _convert(root: Path, split: str, download: bool) -> None:
-    from torchvision.datasets import CIFAR10  # slow to import, and needed once
-
-    source = CIFAR10(root, train=split == "train", download=download)
+def _convert(root: Path, split: str, download: bool, folder: Path) -> None:
+    source = _read(root, split, download)
     arrays = {"images": source.data.transpose(0, 3, 1, 2), "labels": np.array(source.targets)}
     for kind, array in arrays.items():
-        pack = _pack(root, split, kind)
+        pack = _pack(folder, split, kind)
         partial = pack.with_suffix(".partial")
+        partial.unlink(missing_ok=True)  # somebody else's can't be written to
         with open(partial, "wb") as file:
             np.save(file, np.ascontiguousarray(array))
         os.replace(partial, pack)
 
 
+def _read(root: Path, split: str, download: bool):
+    """torchvision's data set; UserError where it is missing or damaged."""
+    from torchvision.datasets import CIFAR10  # slow to import, and needed once
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds; torchvision itself would wait for ever
+    try:
+        return CIFAR10(root, train=split == "train", download=download)
+    except Exception as error:  # urllib, tarfile, pickle and torchvision raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"--data-root: CIFAR-10 at {root}: {reason}; add --download (170 MB), or fetch "
+            f"{URL} and run: tar -xzf FILE -C {root}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def load(root: Path, data: DataConfig) -> Dataset:
     """50,000 train and 10,000 test images of 32x32; no unlabelled ones."""
-    parts = []
+    parts, folder = [], _find(root) or pack_folders(root, "packs")[0]
     for split in ("train", "test"):
-        images, labels = _pack(root, split, "images"), _pack(root, split, "labels")
+        images, labels = _pack(folder, split, "images"), _pack(folder, split, "labels")
         try:
             parts += [Images([np.load(images, mmap_mode="r")]), np.load(labels)]
         except (OSError, ValueError, EOFError) as error:

@@ -1,7 +1,11 @@
 """The data sets by name, and which of their images are used for what."""
 
 import dataclasses
+import functools
+import hashlib
 import importlib
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import numpy as np
 
 from data.images import Images
 from training.config import UserError, option
+from training.distributed import first_process
 
 NAMES = ("stl10", "cifar10", "folder", "sample")
 FOLDS = (  # a flag of the evaluations
@@ -72,16 +77,22 @@ class Dataset:
 
     def evaluation(self, data: DataConfig) -> "Split":
         """The labelled images that may be used and those that are measured on."""
-        if self.train is None or self.test is None:
+        wanted = {"train": self.train} | ({"test": self.test} if data.evaluate_on == "test" else {})
+        if missing := [split for split, images in wanted.items() if images is None]:
             raise UserError(
-                "this data set has no labelled train and test images: "
-                "--data-root needs train/CLASS/* and test/CLASS/*"
+                f"this data set has no labelled {' and '.join(missing)} images: "
+                f"--data-root needs {' and '.join(f'{split}/CLASS/*' for split in missing)}"
+            )
+        if len(self.class_names) < 2:
+            raise UserError(
+                f"this data set has the class {self.class_names[0]!r} alone: "
+                "there is nothing to tell apart; --data-root needs two folders in train/"
             )
         if data.fold >= 0:
-            if self.folds is None or data.labels:
-                raise UserError(
-                    f"--fold {data.fold} (--folds): for stl10 only, and not with --labels"
-                )
+            if self.folds is None:
+                raise UserError(f"--fold {data.fold} (--folds): stl10 alone has folds")
+            if data.labels:
+                raise UserError(f"--fold {data.fold}: takes all its labels; leave out --labels")
             chosen = self.folds[data.fold]
         else:
             chosen = label_draw(self.train_labels, data.labels, data.draw)
@@ -94,7 +105,8 @@ class Dataset:
             return Split(train, test)
         rest = np.setdiff1d(everything.index, chosen)
         if not len(rest):
-            raise UserError("--evaluate-on validation: --labels leaves no labelled image over")
+            given = f"--labels {data.labels}" if data.labels else "without --labels, training"
+            raise UserError(f"--evaluate-on validation: {given} leaves no labelled image over")
         return Split(train, everything.part(rest))
 
 
@@ -119,11 +131,14 @@ class Labelled:
         return Labelled(images, labels, self.index[rows], self.class_names)
 
     def hold_out(self) -> "Split":
-        """Four stratified fifths to learn from and one to choose settings on, inside these."""
+        """Four stratified fifths to learn from and one to choose settings on, inside these.
+
+        The only image of a class is learned from.
+        """
         if self.index is None:
             raise ValueError("settings are never chosen on test images")
-        if np.unique(self.labels, return_counts=True)[1].min() < 2:
-            raise UserError("nothing to choose settings on: --labels gives one image of a class")
+        if np.unique(self.labels, return_counts=True)[1].max() < 2:
+            raise UserError("nothing to choose settings on: each class has one labelled image")
         held = stratified_folds(self.labels, 5)[0]
         return Split(self.part(np.setdiff1d(np.arange(len(self)), held)), self.part(held))
 
@@ -137,11 +152,14 @@ class Split:
 
 
 def stratified_folds(labels: np.ndarray, count: int, seed: int = 0) -> list[np.ndarray]:
-    """Folds with the classes in equal shares: which rows are held out in each."""
+    """Folds with the classes in equal shares: which rows are held out in each.
+
+    The only row of a class is in none of them.
+    """
     rng, fold = np.random.default_rng(seed), np.empty(len(labels), np.int64)
     for c in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == c))
-        fold[rows] = np.arange(len(rows)) % count
+        fold[rows] = np.arange(len(rows)) % count if len(rows) > 1 else -1
     return [np.flatnonzero(fold == f) for f in range(count)]
 
 
@@ -172,9 +190,40 @@ def label_draw(labels: np.ndarray, count: int, draw: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
+def printable(name: str) -> str:
+    """A name from a disk for people and pages: what can't be shown or encoded is escaped."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in name)
+
+
+def pack_folders(root: Path, name: str) -> tuple[Path, Path]:
+    """Where packs may lie: in `root`, or where that can't be written to, in a folder of ours."""
+    real = os.path.realpath(root)
+    digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:12]
+    ours = f"{os.path.basename(real)[:40]}-{digest}"  # a name has 255 bytes at most
+    return root / name, Path("datasets", "packs", ours)
+
+
+def writable(lock: Path) -> bool:
+    """Whether the file can be locked and others be made beside it.
+
+    Not on a read-only disk, in somebody else's folder, or where something else has the name.
+    """
+    folder = next(p for p in lock.absolute().parents if os.path.lexists(p))
+    free = os.path.isfile(lock) and os.access(lock, os.W_OK) or not os.path.lexists(lock)
+    return free and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
 def prepare(data: DataConfig) -> None:
     """Download and pack what is missing, under a lock, before any process group exists."""
     _module(data.dataset).prepare(Path(data.data_root), data)
+
+
+@functools.cache  # once a process
+def warn_enlarged(side: int, stored: int) -> None:
+    """Say that images with a short side of `stored` pixels are enlarged to `side`."""
+    if side > stored and first_process():
+        text = f"images of {stored} pixels are enlarged to {side}: lower --crop-size"
+        print(f"warning: {text}, or raise --store-size of a folder", file=sys.stderr)
 
 
 def load(data: DataConfig) -> Dataset:
@@ -200,7 +249,10 @@ def evaluation_sizes(data: DataConfig, store: tuple[int, int]) -> tuple[int, int
             raise UserError(
                 f"--eval-size {data.eval_size}: must be at least --crop-size {data.crop_size}"
             )
-        return data.eval_size, data.crop_size
-    if max(store) <= 96:
+        sizes = data.eval_size, data.crop_size
+    elif max(store) <= 96:
         return 0, 0
-    return round(data.crop_size * 8 / 7), data.crop_size
+    else:
+        sizes = round(data.crop_size * 8 / 7), data.crop_size
+    warn_enlarged(sizes[1], min(store))
+    return sizes

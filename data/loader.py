@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.datasets import warn_enlarged
 from data.images import Images
 from data.views import ViewConfig, apply, draw, normalise
 from training.config import UserError
@@ -51,6 +52,7 @@ class Loader:
     def of(cls, config, images, labels, views, normalisation, processes) -> "Loader":
         """As the sections data, optim and run say; `normalisation` is (mean, std)."""
         o, size = config.optim, config.data.crop_size
+        warn_enlarged(max(view.size or size for view in views), min(images.shape))
         images = images.resident(processes.device, config.run.data_on_device)
         settings = images, labels, views, size, o.batch_size, *normalisation
         return cls(*settings, config.run.seed, o.accumulate, processes)

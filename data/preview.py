@@ -8,9 +8,11 @@ Written to preview.png or --out; a file that exists is not replaced.
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from data import datasets
+from data.folder import SOFTWARE
 from data.loader import VIEWS, generator
 from data.views import View2Config, ViewConfig, apply, draw
 from training.command import execute
@@ -47,7 +49,7 @@ def run(config, processes) -> dict:
     columns |= extremes(pixels, [config.view1, config.view2], crop)
     rows = [[x[i] for x in columns.values()] for i in range(len(pixels))]
     if processes.main:
-        mosaic(rows, list(columns)).save(config.run.out, "png")
+        save_png(mosaic(rows, list(columns)), config.run.out)
     say(processes, f"{config.run.out}: {len(rows)} images, {len(columns)} columns")
     return {"columns": list(columns)}
 
@@ -87,6 +89,13 @@ def extremes(pixels: Tensor, views: list[ViewConfig], crop: int) -> dict[str, Te
         if view.solarize_p:
             add("solarize", view, solarize=True)
     return found
+
+
+def save_png(image: Image.Image, path) -> None:
+    """Write a PNG file marked as ours, which no folder data set takes for data."""
+    marks = PngInfo()
+    marks.add_text("Software", SOFTWARE)
+    image.save(path, "png", pnginfo=marks)
 
 
 def mosaic(rows: list[list[Tensor]], heads: list[str] = (), side: int = 96) -> Image.Image:

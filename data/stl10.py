@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from data.datasets import DataConfig, Dataset
 from data.images import Images
-from data.locking import locked
 from training.config import UserError
+from training.locks import locked
 
 FOLDER = "stl10_binary"
 URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"

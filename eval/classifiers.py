@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from data.datasets import stratified_folds
-from training.config import option
+from training.config import UserError, option
 
+UNCHOSEN = 0.1  # where nothing can be validated on
 STRENGTHS = tuple(10 ** (e / 2) for e in range(2, -11, -1))  # 10 .. 1e-5, strong to weak
 
 
@@ -121,14 +122,16 @@ def logistic_regression(
 def choose_strength(features: Tensor, labels: Tensor, strengths=STRENGTHS) -> float:
     """The strength of the best cross-validated loss, inside the given labels alone.
 
-    Five stratified folds up to 2,000 images, one held-out fifth above.  The loss and not the
-    accuracy decides: with few labels it is much the smoother of the two.  Goes from strong to weak,
-    each solution started from the one before, until the loss has risen twice.
+    Five stratified folds up to 2,000 images, one held-out fifth above; the only image of a class is
+    in none.  UNCHOSEN where each class has one image.  The loss and not the accuracy decides: with
+    few labels it is much the smoother of the two.  Goes from strong to weak, each solution started
+    from the one before, until the loss has risen twice.
     """
     classes, parts = int(labels.max()) + 1, []
-    count = min(5, int(labels.bincount()[labels.unique()].min()))
-    if count < 2:
-        return 0.1  # one image of a class: nothing to validate on
+    several = [n for n in labels.bincount().tolist() if n > 1]
+    if not several:
+        return UNCHOSEN  # one image of each class: nothing to validate on
+    count = min(5, *several)
     for rows in stratified_folds(labels.numpy(), count)[: count if len(labels) <= 2000 else 1]:
         kept = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), rows))
         mean, std, basis = row_span(features[kept].double())
@@ -162,16 +165,19 @@ def row_span(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, strength: float = 0) -> Classifier:
     """Logistic regression on standardised features; strength 0 chooses it by `choose_strength`."""
-    edge = ""
+    remark = ""
     if not strength:
         strength = choose_strength(features, labels)
-        edge = " (the edge of the grid)" * (strength in (STRENGTHS[0], STRENGTHS[-1]))
+        if strength in (STRENGTHS[0], STRENGTHS[-1]):
+            remark = " (the edge of the grid)"
+        if labels.bincount().max() < 2:
+            remark = " (not chosen: one image of each class)"
     mean, std, basis = row_span(features.double())
     x = (features - mean) / std @ basis
     weight, bias = logistic_regression(x, labels, classes, strength)
     head = nn.Linear(features.shape[1], classes)
     head.weight.data, head.bias.data = (basis @ weight).T.float().contiguous(), bias.float()
-    return Classifier(mean.float(), std.float(), head, f"L2 {strength:.3g}" + edge)
+    return Classifier(mean.float(), std.float(), head, f"L2 {strength:.3g}" + remark)
 
 
 def mlp_head(features: int, hidden: int, classes: int, dropout: float = 0.0) -> nn.Sequential:
@@ -202,6 +208,8 @@ def fit_mlp(
     features: Tensor, labels: Tensor, classes: int, config: MLPConfig, seed: int
 ) -> Classifier:
     """One hidden layer with batch norm, by AdamW with cosine rate, on standardised features."""
+    if len(features) < 2:
+        raise UserError("--head mlp: its batch norm needs two labelled images; take --head linear")
     mean, std = standardisation(features)
     x = (features - mean) / std
     rng = np.random.default_rng(seed)

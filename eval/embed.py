@@ -45,9 +45,10 @@ def run(config, processes) -> dict:
     sizes = datasets.evaluation_sizes(config.data, first.shape)
     frozen = FrozenEncoder(encoder, mean, std, sizes, processes)
     arrays = {"files": [], "splits": [], "labels": [], "features": []}
+    for name, images in splits.items():  # first: another start may pack the folder anew meanwhile
+        arrays["files"] += datasets.file_names(config.data, name, len(images))
     for name, images in splits.items():
         labels = getattr(data, f"{name}_labels", None)
-        arrays["files"] += datasets.file_names(config.data, name, len(images))
         arrays["splits"] += [name] * len(images)
         arrays["labels"].append(np.full(len(images), -1) if labels is None else labels)
         arrays["features"].append(frozen(images))

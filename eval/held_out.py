@@ -1,4 +1,4 @@
-"""What is watched during pretraining, on labelled TRAIN images: k-NN, online probe, collapse."""
+"""Online evaluation on held-out TRAIN images: k-NN, online probe, collapse metrics."""
 
 import time
 

@@ -10,6 +10,7 @@ import json
 
 import torch
 
+from data.datasets import printable
 from eval.trained import command, load_classifier, parser, read_images
 
 
@@ -27,7 +28,8 @@ def run(given) -> list[dict]:
             print(json.dumps(lines[-1]))
         else:
             best = list(by_class.items())[: given.top]
-            print(f"{name}: " + ", ".join(f"{label} {100 * p:.1f} %" for label, p in best))
+            text = ", ".join(f"{label} {100 * p:.1f} %" for label, p in best)
+            print(f"{printable(name)}: {text}")
     return lines
 
 

@@ -33,7 +33,7 @@ PROTOCOLS = {
     "features-mlp": Protocol(CACHED, "one hidden layer with batch norm, AdamW", NOTHING),
     "features-knn": Protocol(
         "frozen encoder in eval mode, float32",
-        "vote of the 20 nearest by cosine, weighted by exp(cosine / 0.07)",
+        "vote of the 20 nearest by cosine (of all, if fewer), weighted by exp(cosine / 0.07)",
         "nothing",
     ),
     "augmented-linear": Protocol(

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 from torch.nn.functional import normalize
 
-from data.preview import mosaic
+from data.preview import mosaic, save_png
 from eval.trained import command, load_encoder, new_file, parser, read_images
 from training.weights import read_weights
 
@@ -31,7 +31,7 @@ def run(given) -> list[dict]:
         pixels = [*queries.gather(np.array([q])), *gallery.gather(index[q].numpy())]
         rows.append([x.float() / 255 for x in pixels])
     heads = ["query", *(f"{c:.3f}" for c in cosine[0].tolist())] if len(rows) == 1 else ["query"]
-    mosaic(rows, heads).save(out, "png")
+    save_png(mosaic(rows, heads), out)
     print(f"{out}: a row a query, then its nearest", file=sys.stderr)
     return lines
 

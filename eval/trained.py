@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from byol.networks import EncoderConfig, build_encoder
+from byol.networks import ENCODERS, EncoderConfig, build_encoder
 from data import folder
 from data.images import Images
 from eval.classifiers import Classifier, build_head
@@ -58,6 +58,8 @@ def load_encoder(weights: Weights, source: str, device: str) -> tuple[FrozenEnco
     """
     meta = weights.meta
     config = EncoderConfig(**weights.tables()[0]["encoder"])
+    if config.arch not in ENCODERS:
+        raise UserError(f"{source}: made with --arch {config.arch}, which this code does not have")
     encoder = build_encoder(config)
     weights.load_into(encoder, config, source)
     frame = (0, 0) if "crop_size" in meta else (256, 224)
@@ -75,7 +77,7 @@ def load_classifier(ckpt: str, device: str):
     """
     path = _classifier_of(Path(ckpt))
     saved = load_file(path, "--ckpt")
-    if not {"encoder", "head", "classes"} <= saved.keys():
+    if not (isinstance(saved, dict) and {"encoder", "head", "classes"} <= saved.keys()):
         raise UserError(f"--ckpt {path}: holds no classifier; name a run of linear_eval.py")
     frozen, side = load_encoder(read_weights(path), f"--ckpt {path}", device)
     head, width = build_head(saved["head"]), frozen.encoder.feature_size
@@ -113,9 +115,11 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
     pixels, names = np.empty((len(paths), 3, side, side), np.uint8), []
     for path, found in zip(paths, folder.decode_all(paths, side), strict=True):
         if isinstance(found, str):
+            if found == folder.OURS:
+                continue
             print(f"warning: {path}: left out, not readable ({found})", file=sys.stderr)
         else:
-            pixels[len(names)] = found
+            pixels[len(names)] = found.pixels
             names.append(str(path))
     if not names:
         raise UserError(f"{' '.join(words)}: no readable image there; name files or folders")

@@ -19,6 +19,7 @@ VIEWS, LOADER, DATA = (f"tests/data/test_{n}.py" for n in ("views", "loader", "d
 LARS, LOOP = "tests/training/test_optimizers.py", "tests/training/test_loop.py"
 PLAN, RESUME = "tests/training/test_schedules.py", "tests/training/test_resume.py"
 SAVING, STOPPING = (f"tests/training/test_{n}.py" for n in ("checkpoints", "stopping"))
+LISTING = "tests/data/test_listing.py"
 NETWORKS = "tests/byol/test_networks.py"
 SCRIPTS, WEIGHTS = "tests/test_scripts.py", "tests/training/test_weights.py"
 FEATURES, HELD = "tests/eval/test_features.py", "tests/eval/test_held_out.py"
@@ -172,9 +173,12 @@ MUTATIONS = {
         "training/precision.py", "return self.scaler.state_dict()", "return {}",
         "tests/training/test_precision.py -k goes_on"),
     "a load that hides a mismatch": (
-        "training/checkpoints.py", "    if problems:\n",
+        "training/checkpoints.py", "    if problems := misfits(own, state):\n",
         "    for k in [k for k in state if k not in own or state[k].shape != own[k].shape]:\n"
         "        del state[k]\n    if False:\n", f"{WEIGHTS} -k C11"),
+    "published weights refused for their missing counters": (
+        "training/weights.py", "return state | {k: torch.zeros_like(own[k]) for k in missing}",
+        "return state", f"{WEIGHTS} -k imagenet"),
     # evaluation
     "k-NN on the test set": (
         "train_byol.py", "HeldOut(data.train, data.train_labels,",
@@ -227,10 +231,24 @@ MUTATIONS = {
         "eval/trained.py", 'meta.get("mean", IMAGENET_MEAN), meta.get("std", IMAGENET_STD)',
         "IMAGENET_MEAN, IMAGENET_STD", "tests/eval/test_trained.py -k predict_with"),
     "another library's moving average": (
-        "training/weights.py", "if not AVERAGES & set(", "if AVERAGES & set(",
+        "training/weights.py", "if not AVERAGES & _words(p)]", "if AVERAGES & _words(p)]",
         f"{WEIGHTS} -k other_libraries"),
     "the wrong tap on a map of one pixel": (
         "byol/networks.py", "[:, :, 1:2, 1:2]", "[:, :, 0:1, 0:1]", f"{NETWORKS} -k one_pixel"),
+    # what users bring
+    "floats for 16 bits": (
+        "data/folder.py", 'image.mode == "F" or (image.mode == "I" and not known)', "False",
+        "tests/data/test_pixels.py -k unknown"),
+    "yesterday's pack": (
+        "data/folder.py", 'if manifest["state"] == state and', "if", f"{LISTING} -k yesterdays"),
+    "photographs lost for odd EXIF": (
+        "data/folder.py", "    except Exception:  # damaged", "    except KeyError:  # damaged",
+        "tests/data/test_pixels.py -k noise"),
+    "each process warns": (
+        "data/folder.py", "for text in notes if first_process() else ():", "for text in notes:",
+        f"{LISTING} -k one_of_several"),
+    "a closed terminal kills": (
+        "training/stopping.py", 'handlers["SIGHUP"] = stop', "pass", f"{STOPPING} -k S1_S5"),
     # nothing lost
     "checksums that nobody looks at": (
         "training/checkpoints.py", 'return "" if actual == expected else', 'return "" if 1 else',
@@ -247,7 +265,7 @@ MUTATIONS = {
     "metrics written twice": (
         "training/run_folder.py", 'if row["step"] < start]', "]", f"{RESUME} -k C17"),
     "two runs in a folder": (
-        "training/run_folder.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH",
+        "training/locks.py", "if lock_descriptor(file.fileno(), blocking=wait):", "if True:",
         "tests/training/test_run_folder.py -k S12"),
     "weights that are not finite saved": (
         "training/stopping.py", "bad += sum_over_ranks((~torch.isfinite(largest)).sum()).item()",

@@ -4,11 +4,15 @@ Each is `step-N.pt`, N the number of steps done, with its SHA-256 beside it.  It
 temporary name, flushed to the disk, renamed, and read back before an older one goes.
 """
 
+import errno
 import hashlib
 import io
+import json
 import os
+import re
 import shutil
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from torch import Tensor
 from training.config import RunError, UserError, differences
 
 SCHEMA = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -32,16 +37,32 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
+        text, room = f"{path}: {error.strerror}", ""
+        if error.errno in FULL:
+            free = shutil.disk_usage(path.parent).free
+            text, room = f"{text} ({len(data):,} bytes needed, {free:,} free)", "make room and "
         raise RunError(
-            f"{path}: {error.strerror} ({len(data):,} bytes needed, {free:,} free); what was saved "
-            "before is intact: make room and go on with --resume"
+            f"{text}; what was saved before is intact: {room}go on with --resume"
         ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a rename to the disk, where that is possible.
+
+    Windows opens no folders, and some file systems answer that they can't flush one.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno in (errno.EIO, *FULL):  # the disk fails, or is full
+            raise
 
 
 def save_file(path: Path, state: dict, checksum: bool = False) -> str:
@@ -68,16 +89,62 @@ def remove_leftovers(folder: Path) -> None:
 def load_file(path: Path, flag: str) -> dict:
     """What `save_file` wrote, on the CPU; UserError for anything else.  Never runs pickled code."""
     try:
-        if zipfile.is_zipfile(path):  # torch.load doesn't look at the checksums inside
-            with zipfile.ZipFile(path) as archive:
-                if bad := archive.testzip():
-                    raise ValueError(f"its part {bad} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about formats of old files
+            if file.read(9)[8:] == b"{":  # safetensors: the length of a JSON text, and that text
+                return _load_safetensors(path, flag)
+            if zipfile.is_zipfile(file):  # torch.load doesn't look at the checksums inside
+                with zipfile.ZipFile(file) as archive:
+                    if bad := archive.testzip():
+                        raise Damaged(f"its part {bad} is damaged")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}") from None
+        raise UserError(f"{flag} {path}: {error.strerror or error}") from None
     except Exception as error:  # torch raises many kinds for bytes that are no checkpoint
-        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-        raise UserError(f"{flag} {path}: not a checkpoint of this project ({reason})") from None
+        raise UserError(f"{flag} {path}: {_refusal(error)}") from None
+
+
+def _load_safetensors(path: Path, flag: str) -> dict:
+    """The tensors, and the meta data where eval.export wrote them."""
+    try:
+        from safetensors import safe_open  # an optional extra
+    except ImportError:
+        text = f"{flag} {path}: needs the package safetensors: pip install -r eval/requirements.txt"
+        raise UserError(text) from None
+    with safe_open(path, "pt") as file:
+        meta = {k: _from_json(v) for k, v in (file.metadata() or {}).items()}
+        return {"state_dict": {k: file.get_tensor(k) for k in file.keys()}, "meta": meta}
+
+
+def _from_json(text: str):
+    """The value, or the text itself, as other projects write it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _refusal(error: Exception) -> str:
+    """Why torch.load(weights_only=True) has read nothing, and what to do."""
+    text = str(error)
+    if refused := re.search(r"GLOBAL (\S+)|got <class '([^']+)'|(TorchScript)", text):
+        return (
+            "refused, since it holds more than tensors and plain values: "
+            f"{refused[refused.lastindex]}; if you trust it, "
+            "load it with its own code and save the state dict alone: "
+            "torch.save(model.state_dict(), 'weights.pth')"
+        )
+    damage = (
+        text if isinstance(error, Damaged) else "torch.save wrote no such file, or it is damaged"
+    )
+    return f"not a checkpoint or state dict ({damage})"
+
+
+class Damaged(Exception):
+    """A file whose checksum is wrong."""
 
 
 class Checkpoints:
@@ -135,7 +202,7 @@ class Checkpoints:
 def rejected(path: Path) -> str:
     """Why a checkpoint can't be trusted; empty where its checksum holds."""
     try:
-        expected = path.with_suffix(".sha256").read_text().split()[0]
+        expected = path.with_suffix(".sha256").read_text(encoding="ascii").split()[0]
     except (OSError, IndexError, UnicodeDecodeError):
         return "its .sha256 file is missing or empty"
     try:
@@ -156,8 +223,8 @@ def training_state(method, optimizer, precision) -> dict:
     }
 
 
-def check_fits(own: dict[str, Tensor], state: dict, source: str, what: str) -> None:
-    """UserError with the first names unless `state` has exactly the tensors of `own`, finite."""
+def misfits(own: dict[str, Tensor], state: dict) -> list[str]:
+    """What keeps `state` from having exactly the tensors of `own`, a few words each."""
     problems = [f"{k} is missing" for k in own if k not in state]
     problems += [f"{k} is unknown" for k in state if k not in own]
     for k in [k for k in own if k in state]:
@@ -165,7 +232,14 @@ def check_fits(own: dict[str, Tensor], state: dict, source: str, what: str) -> N
             problems.append(f"{k} is no tensor")
         elif state[k].shape != own[k].shape:
             problems.append(f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}")
-    if problems:
+        elif own[k].is_floating_point() and not state[k].is_floating_point():
+            problems.append(f"{k} holds {state[k].dtype} values")
+    return problems
+
+
+def check_fits(own: dict[str, Tensor], state: dict, source: str, what: str) -> None:
+    """UserError with the first names unless `state` has exactly the tensors of `own`, finite."""
+    if problems := misfits(own, state):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{source} does not fit {what}: " + "; ".join(problems[:3]) + more)
     for k, v in state.items():

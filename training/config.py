@@ -174,7 +174,7 @@ def read_recipe(path: str | Path) -> dict:
     """The tables of a recipe file; a UserError where it is missing or is not TOML."""
     path = Path(path)
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--recipe {path}: {error.strerror}; see the folder recipes/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

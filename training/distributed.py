@@ -1,4 +1,4 @@
-"""Processes: three spellings of a start, the process group, DDP, and sums over ranks.
+"""Launching, process group, DDP, collectives.
 
 `torchrun X --gpus N`, `torchrun --nproc-per-node N X` and `python X --gpus N` are the same run.
 Everything that depends on CUDA or on the number of processes is in this file.
@@ -11,6 +11,8 @@ import inspect
 import os
 import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.batchnorm import convert_batch_norm
-from training.config import RunError, UserError
+from training.config import UserError
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")
-RELAUNCHED = "BYOL_RELAUNCHED"  # guards against a launcher that starts us again and again
-RESTARTED = "BYOL_RESTARTED"  # what started us was itself a launcher's restart
+RELAUNCHED = "BYOL_RELAUNCHED"  # the launcher that --gpus became: its process id; once is enough
+RESTARTED = "BYOL_RESTARTED"  # set when the launcher that exec'd us was restarting the job
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def pick_device(device: str) -> str:
 
 
 def launched() -> bool:
-    """Whether a launcher started this process; variables left over in the environment do not."""
+    """True under torchrun; stray RANK variables alone do not count."""
     return all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", *LAUNCHER))
 
 
@@ -78,24 +80,64 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
         return
     if given > 1 or RELAUNCHED in os.environ:
         raise UserError(f"--gpus {gpus}: the launcher started {given}; leave out one of the two")
+    script, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
+    by_name = spec is not None and spec.origin == script  # python -m
+    if hasattr(sys, "ps1") or not (by_name or os.path.exists(script)):
+        raise UserError(
+            f"--gpus {gpus}: no script to start again (a notebook, python -c); type the command in "
+            "a shell, as in: python train_byol.py --gpus 2"
+        )
     sys.stdout.flush()
     environment = {k: v for k, v in os.environ.items() if not _from_launcher(k)}
     environment[RELAUNCHED] = str(os.getpid())
     environment |= {RESTARTED: "1"} if restarted() else {}
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", spec.name] if spec else [sys.argv[0]]
+    environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun does the same, with a long notice
+    program = ["-m", spec.name] if by_name else [script]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    if hangup_ignored():  # the launcher would end its processes all the same
+        command.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
     command += [f"--nproc-per-node={gpus}", *program, *argv]
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it means "save" to us, death to a launcher
+    handle("SIGUSR1", signal.SIG_IGN)  # it would kill a launcher
     os.execve(sys.executable, command, environment)
 
 
+def hangup_ignored() -> bool:
+    """Whether SIGHUP (a closed terminal) is ignored, as under nohup, or missing, as on Windows."""
+    number = getattr(signal, "SIGHUP", None)
+    return number is None or signal.getsignal(number) == signal.SIG_IGN
+
+
+def handle(name: str, handler):
+    """Set the handler of a signal; returns the previous one.
+
+    None, and nothing is set, where the system has no such signal (Windows) and in a thread.
+    """
+    number = getattr(signal, name, None)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(number, handler)
+
+
 def end_with_launcher() -> None:
-    """Have the kernel end this process when its launcher dies: no orphan keeps a GPU (Linux)."""
-    if launched() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.environ.get(RELAUNCHED, str(os.getppid())) != str(os.getppid()):
-            raise RunError("the launcher has died")  # before the kernel was asked
+    """From now on end this process within a second of its launcher's death: no orphan on a GPU."""
+    if launched():
+        launcher = int(os.environ.get(RELAUNCHED, os.getppid()))
+        threading.Thread(target=_follow, args=(launcher,), daemon=True).start()
+
+
+def _follow(launcher: int) -> None:
+    """Runs in a thread, since a process that waits in a collective handles no signal.
+
+    A process whose parent dies gets another parent.
+    """
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os._exit(1)
+
+
+def first_process() -> bool:
+    """Whether this is the process that prints; known before there is a process group."""
+    return not launched() or os.environ["RANK"] == "0"
 
 
 def _from_launcher(name: str) -> bool:
@@ -105,7 +147,7 @@ def _from_launcher(name: str) -> bool:
 
 def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
     """Join the launcher's process group, if there is one, and set device and thread count."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
+    handle("SIGUSR1", signal.SIG_IGN)  # there is nothing to save yet
     names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
     local_rank, local_size, world_size = (
         (int(os.environ[name]) for name in names) if launched() else (0, 1, 1)
@@ -184,7 +226,7 @@ def no_sync(model: nn.Module, skip: bool):
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor there; from pinned memory, so that nobody waits for a GPU's copy."""
+    """Copy to `device`, asynchronously from pinned memory on CUDA."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory().to(device, non_blocking=True)
@@ -204,7 +246,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """The ranks' tensors one after the other; backward, what all of them ask of one's own."""
+    """All-gather; the backward pass sums all ranks' gradients and returns this rank's slice."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -235,7 +277,7 @@ def own_rank() -> int:
 
 
 def first_difference(tensors: dict[str, Tensor]) -> str:
-    """The name of the first tensor that is not the same, bit by bit, on all ranks; "" if none.
+    """The name of the first tensor that is not the same, bit for bit, on all ranks; "" if none.
 
     Sums of the values' bits are compared, in one small collective: a single weight is found.
     """

@@ -1,7 +1,6 @@
 """The run folder: config.json, metrics.jsonl, TensorBoard, the lock, and one progress bar."""
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from training.checkpoints import remove_leftovers, write_atomically
 from training.config import UserError, differences
 from training.distributed import Processes, sum_over_ranks
+from training.locks import open_locked
 
 SECONDS_A_LINE = 30  # where there is no terminal for a progress bar
 GROUPS = {  # of TensorBoard's scalars; losses and what a method logs beside them are the rest
@@ -43,6 +43,8 @@ def check_free(out: Path, resume: bool, overwrite: bool) -> None:
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UserError(f"--out {out}: a file is in its place ({there})")
+    if not str(out).isprintable():  # TensorBoard can't write there
+        raise UserError(f"--out {out!s:.200}: choose a name that can be printed, in UTF-8")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {there} can't be written to; choose another --out")
     if (out / "config.json").exists() and not (resume or overwrite):
@@ -50,6 +52,18 @@ def check_free(out: Path, resume: bool, overwrite: bool) -> None:
             f"--out {out} holds a run: --overwrite renames it away, --resume continues a training; "
             "or choose another --out"
         )
+
+
+def check_place(out: Path, data_root: Path, overwrite: bool) -> None:
+    """UserError where a run in `out` would lie among images, or --overwrite rename them away."""
+    images, real = data_root.resolve(), out.resolve()
+    names = set(os.listdir(real)) if real.is_dir() else set()
+    foreign = names and not names & {".lock", "settings.json"}  # of no run and no table
+    if real == images or (foreign and real.is_relative_to(images)):
+        raise UserError(f"--out {out}: a folder of images, in --data-root; choose another")
+    for inside in (Path.cwd(), images):
+        if overwrite and inside.is_relative_to(real):
+            raise UserError(f"--overwrite: would rename {inside} with --out {out}; choose another")
 
 
 def finished(out: Path, config) -> dict | None:
@@ -84,9 +98,16 @@ class RunFolder:
         check_free(out, resume, overwrite)
         if overwrite and not resume and (out / "config.json").exists():
             self._take_lock()  # not from under a run that is still writing
+            self.lock.close()  # Windows renames no folder with an open file in it
             stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
-            out.rename(out.with_name(f"{out.name}-{stamp}"))
-            self.lock.close()
+            old = Path(os.path.abspath(out))
+            try:
+                old.rename(old.with_name(f"{old.name}-{stamp}"))
+            except OSError as error:
+                raise UserError(
+                    f"--overwrite: {out} can't be renamed away ({error.strerror}); "
+                    "choose another --out"
+                ) from None
         out.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         remove_leftovers(out)
@@ -95,7 +116,7 @@ class RunFolder:
             self.write_config(config)
 
     def write_config(self, config: dict, done: int = 0, changed: bool = False) -> None:
-        """config.json, once; where settings have changed at step `done`, the old records stay."""
+        """Write config.json once; after --override the old one is config-until-STEP.json."""
         if not self.processes.main or ((self.out / "config.json").exists() and not changed):
             return
         for old in (self.out / "config.json", self.out / "result.json"):
@@ -108,15 +129,14 @@ class RunFolder:
         write_json(self.out / "config.json", facts)
 
     def _take_lock(self) -> None:
-        """One run a folder.  The kernel drops the lock with its holder, so none is ever stale."""
-        self.lock = open(self.out / ".lock", "a+")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.seek(0)
-            raise UserError(f"--out {self.out}: in use by process {self.lock.read()}") from None
+        """One process per folder; the OS releases the lock when its holder dies."""
+        self.lock = open_locked(self.out / ".lock")
+        if self.lock is None:
+            with open(self.out / ".lock", encoding="ascii") as file:
+                file.seek(1)
+                raise UserError(f"--out {self.out}: in use by process {file.read()}")
         self.lock.truncate(0)
-        self.lock.write(str(os.getpid()))
+        self.lock.write(f" {os.getpid()}")
         self.lock.flush()
 
     def begin(self, start: int, stop: int, label: str, batch_size: int) -> None:
@@ -127,9 +147,9 @@ class RunFolder:
         path = self.out / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] < start]
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        if not path.exists() or path.read_text() != text:
+        if not path.exists() or path.read_bytes() != text.encode():
             write_atomically(path, text.encode())
-        self.metrics = open(path, "a", buffering=1)
+        self.metrics = open(path, "a", buffering=1, encoding="utf-8", newline="\n")
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.writer = SummaryWriter(str(self.out), purge_step=start or None)

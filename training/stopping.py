@@ -5,25 +5,24 @@ steps and before each checkpoint, so that all ranks stop at the same step.
 """
 
 import os
-import signal
 import time
 
 import torch
 from torch import nn
 
 from training.config import RunError
-from training.distributed import Processes, sum_over_ranks
+from training.distributed import Processes, handle, hangup_ignored, sum_over_ranks
 
 STOPPED = 75  # exit code (EX_TEMPFAIL): saved on request, go on with --resume
-SAME = 2.0  # seconds: a launcher passes on a signal that its processes got themselves
+SAME = 2.0  # seconds: Ctrl-C arrives twice, from the terminal and from torchrun
 SKIPS = 50  # steps in a row that the gradient scaler may skip; it has halved its scale as often
 
 
 class Watch:
     """Signal flags and the finite flag of one run; use as a context manager.
 
-    SIGTERM and SIGINT ask to save and stop (once more after SAME seconds: ends at once), SIGUSR1 to
-    save and go on.
+    SIGTERM, SIGINT and SIGHUP ask to save and stop (once more after SAME seconds: ends at once),
+    SIGUSR1 to save and go on.  SIGHUP stays ignored where it was (nohup).
     After `look`, `stop` and `save` are the same on all ranks.
     """
 
@@ -43,13 +42,16 @@ class Watch:
         def save(number, frame):
             self.asked_save = True
 
-        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: save}
-        self.previous = {number: signal.signal(number, h) for number, h in handlers.items()}
+        handlers = {"SIGTERM": stop, "SIGINT": stop, "SIGUSR1": save}
+        if not hangup_ignored():
+            handlers["SIGHUP"] = stop
+        self.previous = {name: handle(name, handler) for name, handler in handlers.items()}
         return self
 
     def __exit__(self, *error) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for name, handler in self.previous.items():
+            if handler is not None:
+                handle(name, handler)
 
     def look(self, step, model: nn.Module, optimizer=None, saving: bool = False) -> None:
         """Read the flags where it is time to, or before a save; RunError on all ranks alike."""

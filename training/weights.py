@@ -7,25 +7,34 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.checkpoints import check_fits, load_file, save_file
+from training.checkpoints import check_fits, load_file, misfits, save_file
 from training.config import UserError, read_config
+from training.locks import locked
 from training.run_folder import read_json
 
-PREFIXES = ("module.", "_orig_mod.", "method.")
-# torchvision's names of the children of an nn.Sequential(*list(resnet.children())[:-1])
-SEQUENTIAL = {"0": "conv1", "1": "bn1", **{str(i + 3): f"layer{i}" for i in (1, 2, 3, 4)}}
-AVERAGES = {"momentum", "target", "teacher", "ema", "k"}  # in the name of a second network
+# words in the name of a network that is a moving average of another one
+AVERAGES = {"momentum", "target", "teacher", "ema", "k", "key", "swa", "avg", "average",
+            "averaged", "polyak", "shadow"}  # fmt: skip
+COUNTER = "num_batches_tracked"  # of a batch norm; files that predate it count as 0
+OURS = {"arch", "stem", "width"}  # in the meta data of every file that this project writes
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 @dataclass
 class Weights:
-    """An encoder's state dict (torchvision's names), what it belongs to, and its run's config."""
+    """What a file of weights holds.
 
-    state_dict: dict[str, Tensor]
+    tensors   an encoder's state dict with torchvision's names; in the file of another project,
+              where `meta` is empty, all tensors by the names that lead to them
+    config    of the run that wrote it
+    prefix    which network of several is meant: what its names begin with; None: not said
+    """
+
+    tensors: dict[str, Tensor]
     meta: dict
     config: dict
     folder: Path
+    prefix: str | None = None
 
     def tables(self) -> tuple[dict, dict]:
         """For an evaluation: the run's data and the encoder's shape; its recipe's tables."""
@@ -43,7 +52,10 @@ class Weights:
             made = self.meta.get(key, getattr(config, key))
             if made != getattr(config, key):
                 raise UserError(f"{source}: made with --{key} {made}, not {getattr(config, key)}")
-        load_weights(encoder, self.state_dict, source)
+        state = self.tensors
+        if self.prefix is not None or not self.meta:
+            state = find_network(state, encoder.state_dict(), source, self.prefix)
+        load_weights(encoder, state, source)
 
     def normalisation(self, images) -> tuple[list, list]:
         """Mean and std of the inputs it was trained on; those of `images` where none are known."""
@@ -67,42 +79,70 @@ def save_encoder(path: Path, encoder: nn.Module, meta: dict) -> None:
 
 
 def read_weights(path: str | Path, flag: str = "--ckpt") -> Weights:
-    """Weights from a run folder, one of its checkpoints, an encoder.pt or a bare state dict.
+    """Weights from a run folder, one of its checkpoints, an encoder.pt, or anybody's file.
 
-    `meta` is empty for a bare state dict.  Raises UserError where nothing fits.
+    path   FILE:PREFIX names one network of several in a file
+    `meta` is empty for files of other projects.  Raises UserError where there are no weights.
     """
-    path = Path(path)
+    path, prefix = _split(str(path))
     if path.is_dir():
         if not (path / "encoder.pt").exists():
             raise UserError(f"{flag} {path}: no encoder.pt in it; is the run finished?")
         path = path / "encoder.pt"
-    try:
-        state, meta, training = _encoder_of(load_file(path, flag))
-        folder = path.parent.parent if training else path.parent
-        config = folder / "config.json"
-        saved = read_json(config).get("config", {}) if config.exists() else {}
-        state = strip(state) if meta else find_resnet(strip(state), f"{flag} {path}")
-        weights = Weights(state, dict(meta), dict(saved), folder)
-        weights.tables()
-        fits = all(isinstance(v, Tensor) for v in weights.state_dict.values())
-        shapes = [torch.tensor(meta[k]).shape for k in ("mean", "std") if k in meta]
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        fits = False
-    if not fits or not state or any(shape != (3,) for shape in shapes):
+    loaded = load_file(path, flag)
+    meta = loaded.get("meta") if isinstance(loaded, dict) else None
+    if not (isinstance(meta, dict) and meta.keys() >= OURS):
+        meta = {}
+    tensors = flatten(loaded)
+    if meta and prefix is None:
+        tensors = _encoder_of(tensors)
+    if not tensors or not all(_three_numbers(meta[k]) for k in ("mean", "std") if k in meta):
         raise UserError(f"{flag} {path}: holds no weights of an encoder")
-    return weights
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    config = folder / "config.json"
+    saved = read_json(config).get("config") if meta and config.exists() else None
+    tables = saved.items() if isinstance(saved, dict) else ()
+    config = {k: table for k, table in tables if isinstance(table, dict)}
+    return Weights(tensors, meta, config, folder, prefix)
 
 
-def _encoder_of(loaded: dict) -> tuple[dict, dict, bool]:
-    """(state dict, meta, whether it is a training checkpoint) of what was in a file."""
-    meta = loaded.get("meta", {})
-    if "model" in loaded:
-        model, prefix = strip(loaded["model"]), "encoder."
-        state = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
-        return (state, meta, True) if state else (model, meta, False)
-    if isinstance(loaded.get("encoder"), dict):  # a classifier.pt
-        return loaded["encoder"], meta, False
-    return loaded.get("state_dict", loaded), meta, False
+def _three_numbers(value) -> bool:
+    return isinstance(value, list) and [isinstance(v, int | float) for v in value] == [True] * 3
+
+
+def _split(path: str) -> tuple[Path, str | None]:
+    """FILE:PREFIX as two; a colon in the name of a file that exists is no separator."""
+    file, colon, prefix = path.rpartition(":")
+    if colon and not Path(path).exists() and Path(file).is_file():
+        return Path(file), prefix
+    return Path(path), None
+
+
+def flatten(value) -> dict[str, Tensor]:
+    """All tensors in nested dictionaries and lists: names joined by dots -> tensor."""
+    tensors, seen = {}, set()  # a pickle may contain itself
+
+    def walk(value, name: str) -> None:
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                walk(part, f"{name}.{key}" if name else str(key))
+
+    walk(value, "")
+    tensors.pop("", None)  # a file that is one tensor
+    return tensors
+
+
+def _encoder_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder in an encoder.pt, a classifier.pt or a training checkpoint of this project."""
+    prefixes = ("state_dict.", "encoder.", "model.encoder.", "model.method.encoder.")
+    for prefix in prefixes:  # the last: of a run with --online-probe
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if state:
+            return state
+    return {}
 
 
 def read_ckpt_config(argv: list[str], sections: dict[str, type], *, extra=(), **keywords):
@@ -120,41 +160,85 @@ def read_ckpt_config(argv: list[str], sections: dict[str, type], *, extra=(), **
     return config
 
 
-def strip(state: dict) -> dict:
-    """Names without the prefixes that DDP, torch.compile and the online probe put before them."""
+def find_network(
+    tensors: dict[str, Tensor], own: dict[str, Tensor], source: str, prefix: str | None = None
+) -> dict[str, Tensor]:
+    """The one network in `tensors` with the names and shapes of the state dict `own`.
 
-    def bare(name):
-        while name.startswith(PREFIXES):
-            name = name.split(".", 1)[1]
-        return name
-
-    return {bare(k): v for k, v in state.items()}
-
-
-def find_resnet(state: dict, source: str) -> dict:
-    """The encoder in a file of another library, by torchvision's names.
-
-    Such files have it below a prefix (`backbone.`, `encoder_q.`, ...), often beside a moving
-    average of it and heads, and some number its layers.  UserError where several could be meant.
+    In the files of other projects it lies below some prefix (`backbone.`, `state_dict.encoder_q.`,
+    ...), often beside heads and a moving average of it; some number its children.  Where several
+    different ones are there, UserError lists them.  Where none is complete: the one with the most
+    tensors of `own`, for a message that says what it lacks.
     """
-    if "conv1.weight" in state:
-        return state
-    found = {}
-    for first, block in (("conv1.weight", "layer1.0."), ("0.weight", "4.0.")):
-        prefixes = {name.removesuffix(first) for name in state if name.endswith(first)}
-        found |= {p: first for p in prefixes if f"{p}{block}conv1.weight" in state}
-    trained = [p for p in found if not AVERAGES & set(re.split("[._]", p))] or list(found)
-    if len(trained) > 1:
-        names = ", ".join(sorted(trained))
-        raise UserError(f"{source}: holds several networks ({names}); save the one that is meant")
-    if not trained:
-        return state
-    (prefix,) = trained
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if found[prefix] == "conv1.weight":
-        return state
-    parts = (k.split(".", 1) for k in state)
-    return {f"{SEQUENTIAL.get(i, i)}.{rest}": state[f"{i}.{rest}"] for i, rest in parts}
+    near = _candidates(tensors, own)
+    if prefix is not None:
+        name = prefix.strip(".")
+        exact = {p: state for p, state in near.items() if p.rstrip(".") == name}
+        near = exact or {p: state for p, state in near.items() if f".{name}." in f".{p}"}
+        if not near:
+            raise UserError(f"{source}: no network of that name and shape in it")
+    whole = {p: state for p, state in near.items() if not misfits(own, state)}
+    if not whole:
+        return max(near.values(), key=lambda state: len(state.keys() & own.keys()), default=tensors)
+    trained = [p for p in whole if not AVERAGES & _words(p)] or list(whole)
+    first, *others = trained
+    if all(_same(whole[first], whole[p], own) for p in others):
+        return whole[first]
+    names = [p.rstrip(".") or "." for p in trained]
+    raise UserError(
+        f"{source}: holds several networks of this shape ({', '.join(names)}); name the one that "
+        f"is meant behind a colon, as in FILE:{names[-1]}"
+    )
+
+
+def _candidates(tensors: dict, own: dict) -> dict[str, dict[str, Tensor]]:
+    """prefix -> state dict of what might be a network like `own`, without heads beside it."""
+    candidates, stages = {}, list(dict.fromkeys(name.split(".")[0] for name in own))
+    _, dot, rest = next(iter(own)).partition(".")
+    for first in (stages[0], "0"):  # nn.Sequential numbers its children
+        end = f".{first}{dot}{rest}"
+        for prefix in [k.removesuffix(end[1:]) for k in tensors if f".{k}".endswith(end)]:
+            below = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            children = list(dict.fromkeys(k.split(".")[0] for k in below))
+            numbers = sorted(filter(str.isdecimal, children), key=int)
+            names = dict(zip(numbers if first == "0" else stages, stages, strict=False))
+            state = {}
+            for key, value in below.items():
+                child, _, inner = key.partition(".")
+                if child in names:
+                    name = f"{names[child]}.{inner}" if inner else names[child]
+                    # as pytorch-cifar, SupContrast and lightly call it
+                    name = name if name in own else name.replace(".shortcut.", ".downsample.")
+                    state[name] = value
+            candidates.setdefault(prefix, with_counters(state, own))
+    return candidates
+
+
+def _words(prefix: str) -> set[str]:
+    """EMAModel.encoder_k. -> ema, model, encoder, k"""
+    return {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", prefix)}
+
+
+def _same(state: dict, other: dict, names) -> bool:
+    """Whether two state dicts hold the same values under `names`."""
+    pairs = [(state[k], other[k]) for k in names]
+    return all(_plain(a) and _plain(b) and torch.equal(a.double(), b.double()) for a, b in pairs)
+
+
+def _plain(value: Tensor) -> bool:
+    """Whether it holds one number per element: not sparse, quantized, sharded or on "meta"."""
+    packed = value.is_quantized or "float4" in str(value.dtype)
+    whole = type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu"
+    return whole and value.layout == torch.strided and not packed
+
+
+def with_counters(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the batch norms' counters at 0 where it lacks them, as older files do.
+
+    torchvision's published ImageNet weights are such files; torch loads them in the same way.
+    """
+    missing = [k for k in own if k.endswith(COUNTER) and k not in state]
+    return state | {k: torch.zeros_like(own[k]) for k in missing}
 
 
 def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -163,8 +247,25 @@ def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> N
     A classifier's last layer (fc.*) is left out: the encoder has none.
     """
     state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    check_fits(encoder.state_dict(), state, source, "--arch, --stem, --width")
+    own = encoder.state_dict()
+    state = with_counters(state, own)
+    for name in (k for k, v in state.items() if not _plain(v)):
+        text = "sparse, quantized, sharded or without values; save plain tensors"
+        raise UserError(f"{source}: {name} is {text}")
+    # what overflows float32 is then found not to be finite
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    check_fits(own, state, source, "--arch, --stem, --width")
     encoder.load_state_dict(state)
+
+
+def fetch(config) -> None:
+    """Have published weights in torch's cache where --init asks for them; one process downloads.
+
+    config   EncoderConfig
+    To be called before any process group exists.
+    """
+    if config.init == "imagenet":
+        imagenet_weights(config.arch, config.stem, config.width)
 
 
 def imagenet_weights(arch: str, stem: str, width: float) -> dict[str, Tensor]:
@@ -174,15 +275,23 @@ def imagenet_weights(arch: str, stem: str, width: float) -> dict[str, Tensor]:
     if stem != "imagenet" or width != 1:
         raise UserError(f"--init imagenet needs --stem imagenet --width 1, not {stem} and {width}")
     weights = models.get_model_weights(arch)["IMAGENET1K_V1"]
+    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if not target.exists():
+        with locked(target.with_suffix(".lock"), "--init imagenet"):
+            _download(weights.url, target)
+    return flatten(load_file(target, "--init imagenet:"))
+
+
+def _download(url: str, target: Path) -> None:
+    """Fetch a published file, unless another process just has."""
+    if target.exists():
+        return
     try:
-        return weights.get_state_dict(
-            progress=True, check_hash=True, map_location="cpu", weights_only=True
-        )
+        torch.hub.download_url_to_file(url, str(target), target.stem.rpartition("-")[2])
     except Exception as error:  # urllib and torch.hub raise many kinds
-        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--init imagenet: could not fetch {weights.url} ({reason}); put that file at {target}"
+            f"--init imagenet: could not fetch {url} ({reason}); put that file at {target}"
         ) from None
 
 

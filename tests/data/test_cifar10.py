@@ -1,4 +1,7 @@
+import os
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,23 @@ def rows(count, seed):
     return np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
 
 
+def latin(batch) -> bytes:
+    """A pickle whose strings are Python 2's: BINSTRING, which Python 3 decodes as it is told."""
+
+    def text(value):
+        return b"U" + bytes([len(value)]) + value
+
+    def item(value):
+        if isinstance(value, bytes):
+            return text(value)
+        if isinstance(value, list):
+            return b"](" + b"".join(map(item, value)) + b"e"
+        return pickle.dumps(value, 2)[2:-1]  # without its frame
+
+    body = b"".join(text(key) + item(value) for key, value in batch.items())
+    return b"\x80\x02}(" + body + b"u."
+
+
 def write(root):
     """Three images in each of the five train files and four in the test file, in CIFAR's format."""
     folder = root / "cifar-10-batches-py"
@@ -20,10 +40,12 @@ def write(root):
     for seed, name in enumerate(names):
         count = 4 if name == "test_batch" else 3
         labels = [(seed + n) % 10 for n in range(count)]
-        batch = {"data": rows(count, seed), "labels": labels}
-        (folder / name).write_bytes(pickle.dumps(batch))
+        # as Python 2 wrote the published files: byte strings, and more than is used
+        batch = {b"data": rows(count, seed), b"labels": labels, b"batch_label": b"batch"}
+        batch[b"filenames"] = [b"x_%d.png" % n for n in range(count)]
+        (folder / name).write_bytes(latin(batch))
     meta = {"label_names": cifar10.CLASSES}
-    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta, 2))
 
 
 @pytest.fixture
@@ -49,6 +71,48 @@ def test_pixels_and_labels_are_those_of_the_pickles(root):
     assert data.train_labels.tolist() == expected and data.train_labels.dtype == np.int64
     assert data.test_labels.tolist() == [5, 6, 7, 8]
     assert data.class_names[0] == "airplane" and data.class_names[9] == "truck"
+
+
+def test_packs_of_somebody_else_fall_back_to_ours(root, monkeypatch, tmp_path_factory):
+    """Its folder is read-only, or belongs to another user: the same images, from ./datasets."""
+    here = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(here)
+    access = os.access
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode: (
+            not (mode & os.W_OK and Path(path).is_relative_to(root)) and access(path, mode)
+        ),
+    )
+    for _ in range(2):
+        cifar10.prepare(root, DataConfig())
+        assert cifar10.load(root, DataConfig()).test_labels.tolist() == [5, 6, 7, 8]
+    assert not (root / "packs").exists()
+    assert len(list(here.rglob("cifar10-*.npy"))) == 4
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar10, "_convert", lambda *a: pytest.fail("they are there"))
+        shutil.copytree(next(here.glob("datasets/packs/*")), root / "packs")
+        cifar10.prepare(root, DataConfig())
+    assert len(cifar10.load(root, DataConfig()).train) == 15
+
+
+def test_a_file_in_the_place_of_packs_stays(root, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    (root / "packs").touch(0o777)
+    cifar10.prepare(root, DataConfig())
+    assert len(cifar10.load(root, DataConfig()).train) == 15 and (root / "packs").is_file()
+
+
+def test_a_full_disk_is_not_missing_data(root, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        cifar10.prepare(root, DataConfig())
 
 
 def test_packs_are_made_once_and_mapped(root):

@@ -165,7 +165,7 @@ def test_test_images_are_never_held_out_to_choose_on():
 
 
 def test_one_image_of_a_class_leaves_nothing_to_choose_on():
-    with pytest.raises(UserError, match="one image of a class"):
+    with pytest.raises(UserError, match="each class has one"):
         dataset().evaluation(DataConfig(labels=5)).train.hold_out()
 
 

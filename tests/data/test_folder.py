@@ -7,56 +7,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from folders import CONFIG, SIZE, flat, packed, picture, pixels, reds, save
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from data import folder
-from data.datasets import DataConfig
 from training.config import UserError
-
-SIZE = 16
-CONFIG = DataConfig(dataset="folder", store_size=SIZE)
-
-
-def picture(width=40, height=30, seed=0):
-    """Smooth and asymmetric: neither a flip, a turn nor a swap of channels leaves it as it is."""
-    y, x = np.mgrid[:height, :width]
-    red, green = 20 + 200 * x / width, 20 + 200 * y / height
-    blue = 120 + 100 * np.sin(x / width * 3 + seed) * np.cos(y / height * 2)
-    return Image.fromarray(np.stack([red, green, blue], 2).astype(np.uint8))
-
-
-def save(path, image, **keywords):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **keywords)
-
-
-def flat(path, value, mode="RGB", size=(20, 20)):
-    save(path, Image.new(mode, size, value))
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """Images whose red is their number: train 10.., test 60.., unlabelled 90.."""
-    monkeypatch.chdir(tmp_path)
-    root = tmp_path / "images"
-    for n, name in enumerate(["cat/b.png", "cat/a.png", "ant/x/deep.png", "dog/c.PNG"]):
-        flat(root / "train" / name, (10 + n, 0, 0))
-    flat(root / "test" / "dog" / "d.png", (60, 0, 0))
-    flat(root / "test" / "ant" / "e.png", (61, 0, 0))
-    flat(root / "unlabelled" / "f.png", (90, 0, 0))
-    flat(root / "unlabelled" / "more" / "g.png", (91, 0, 0))
-    return root
-
-
-def packed(root, **changes):
-    config = DataConfig(dataset="folder", **{"store_size": SIZE, **changes})
-    folder.prepare(root, config)
-    return folder.load(root, config)
-
-
-def reds(images):
-    return images.gather(np.arange(len(images)))[:, 0, 0, 0].tolist()
 
 
 def test_splits_classes_and_order(root):
@@ -109,7 +65,7 @@ SHAPES = [(48, 32), (32, 48), (16, 16), (16, 50), (8, 12), (448, 256)]
 def test_resize_short_side_then_centre_crop(tmp_path, shape):
     image = picture(*shape)
     save(tmp_path / "a.png", image)
-    got = torch.from_numpy(folder.decode(tmp_path / "a.png", SIZE)).float()
+    got = torch.from_numpy(pixels(tmp_path / "a.png", SIZE)).float()
     wide, high = (side * SIZE // min(shape) for side in shape)
     x = F.resize(F.pil_to_tensor(image).float(), [high, wide], F.InterpolationMode.BICUBIC,
                  antialias=True)  # fmt: skip
@@ -122,7 +78,7 @@ def test_large_jpeg_is_close_to_its_full_decoding(tmp_path):
     image = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     save(tmp_path / "a.jpg", image.resize((240, 180), Image.Resampling.BICUBIC), quality=95)
     save(tmp_path / "a.png", Image.open(tmp_path / "a.jpg"))
-    jpeg, png = (folder.decode(tmp_path / f"a.{e}", 32).astype(int) for e in ("jpg", "png"))
+    jpeg, png = (pixels(tmp_path / f"a.{e}", 32).astype(int) for e in ("jpg", "png"))
     assert np.abs(jpeg - png).mean() <= 2
 
 
@@ -135,7 +91,7 @@ def test_exif_rotation(tmp_path, orientation):
     exif[0x0112] = orientation
     save(tmp_path / "a.png", stored, exif=exif)
     expected = np.asarray(upright.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-    got = folder.decode(tmp_path / "a.png", SIZE).transpose(1, 2, 0)
+    got = pixels(tmp_path / "a.png", SIZE).transpose(1, 2, 0)
     assert np.abs(got.astype(int) - expected).max() <= 1
 
 
@@ -146,21 +102,21 @@ def test_modes_of_pillow_become_rgb(tmp_path):
     for mode, colour in colours.items():
         kind = "tif" if mode == "CMYK" else "png"
         flat(tmp_path / f"{mode}.{kind}", colour, mode)
-        got = folder.decode(tmp_path / f"{mode}.{kind}", SIZE)
+        got = pixels(tmp_path / f"{mode}.{kind}", SIZE)
         assert got.shape == (3, SIZE, SIZE) and got.dtype == np.uint8
         assert got[:, 5, 5].tolist() == pytest.approx(expected[mode], abs=1), mode
 
 
 def test_cmyk_jpeg(tmp_path):
     flat(tmp_path / "a.jpg", (55, 155, 205, 0), "CMYK", size=(64, 64))
-    got = folder.decode(tmp_path / "a.jpg", SIZE)[:, 5, 5]
+    got = pixels(tmp_path / "a.jpg", SIZE)[:, 5, 5]
     assert got.tolist() == pytest.approx([200, 100, 50], abs=6)
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     ramp = (np.arange(32)[None, :] * 2048 + np.zeros((32, 1))).astype(np.uint16)
     save(tmp_path / "a.png", Image.fromarray(ramp))
-    got = folder.decode(tmp_path / "a.png", 32)[:, 7].astype(int)
+    got = pixels(tmp_path / "a.png", 32)[:, 7].astype(int)
     assert (got == got[0]).all()
     assert np.abs(got[0] - np.arange(32) * 2048 / 257).max() <= 1
 
@@ -169,21 +125,21 @@ def test_transparency_is_laid_on_white(tmp_path):
     half = np.zeros((20, 20, 4), np.uint8)
     half[:, :10] = (200, 10, 10, 255)
     save(tmp_path / "a.png", Image.fromarray(half))
-    got = folder.decode(tmp_path / "a.png", 20)
+    got = pixels(tmp_path / "a.png", 20)
     assert got[:, 5, 2].tolist() == [200, 10, 10] and got[:, 5, 17].tolist() == [255] * 3
     palette = Image.new("P", (20, 20), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     save(tmp_path / "b.png", palette)
     save(tmp_path / "c.gif", palette, transparency=1)
-    assert folder.decode(tmp_path / "b.png", SIZE)[:, 3, 3].tolist() == [10, 200, 30]
-    assert folder.decode(tmp_path / "c.gif", SIZE)[:, 3, 3].tolist() == [255] * 3
+    assert pixels(tmp_path / "b.png", SIZE)[:, 3, 3].tolist() == [10, 200, 30]
+    assert pixels(tmp_path / "c.gif", SIZE)[:, 3, 3].tolist() == [255] * 3
 
 
 def test_extreme_shapes_need_no_memory(tmp_path):
     flat(tmp_path / "dot.png", (9, 8, 7), size=(1, 1))
     flat(tmp_path / "line.png", (6, 5, 4), size=(20_000, 1))
-    assert folder.decode(tmp_path / "dot.png", SIZE)[:, 0, 0].tolist() == [9, 8, 7]
-    assert folder.decode(tmp_path / "line.png", SIZE)[:, 0, 0].tolist() == [6, 5, 4]
+    assert pixels(tmp_path / "dot.png", SIZE)[:, 0, 0].tolist() == [9, 8, 7]
+    assert pixels(tmp_path / "line.png", SIZE)[:, 0, 0].tolist() == [6, 5, 4]
 
 
 def bomb(side=20_000):
@@ -324,22 +280,24 @@ def test_each_store_size_has_its_own_pack(root, decoded):
 
 
 def test_an_interrupted_pack_is_started_afresh(root, monkeypatch):
-    partial = root / ".byol-pack" / f"{SIZE}.partial"
+    partial = root / ".byol-pack" / f"{SIZE}-0123.partial"
     partial.mkdir(parents=True)
     (partial / "train.npy").write_bytes(b"half")
-    (root / ".byol-pack" / str(SIZE)).mkdir()  # as if killed between removing and renaming
     assert len(packed(root).train) == 4 and not partial.exists()
     flat(root / "train" / "cat" / "new.png", (50, 0, 0))
     monkeypatch.setattr(folder, "_header", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         packed(root)
-    assert not partial.exists()
+    assert [p.name for p in (root / ".byol-pack").glob("*.partial")] == []
+    with pytest.raises(UserError, match="start again"):  # never the images of before
+        folder.load(root, CONFIG)
+    (root / "train" / "cat" / "new.png").unlink()
     assert len(folder.load(root, CONFIG).train) == 4  # the old pack is whole
 
 
 def test_a_damaged_pack_is_one_line(root):
     packed(root)
-    path = root / ".byol-pack" / str(SIZE) / "train.npy"
+    path = next((root / ".byol-pack").glob("*/train.npy"))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="delete .*byol-pack"):
         folder.load(root, CONFIG)

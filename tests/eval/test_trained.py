@@ -152,7 +152,7 @@ def test_features_come_with_labels_and_the_names_of_their_files(trained_run, min
         found["files"], found["labels"], found["splits"], found["features"], strict=True
     ):
         assert label == labels[name.rpartition("/")[0]] and split == name.split("/")[0]
-        images = Images([decode(mine / str(name), 28)[None]])
+        images = Images([decode(mine / str(name), 28).pixels[None]])
         own = extract(frozen.encoder, images, weights.meta["mean"], weights.meta["std"])
         torch.testing.assert_close(torch.from_numpy(row), own[0], rtol=1e-4, atol=1e-5)
 
@@ -172,7 +172,7 @@ def test_bare_weights_are_evaluated_and_predict_with_what_the_evaluation_used(
     sample, recipe, trained_run, pictures, subset, tmp_path
 ):
     """The way of another library's weights: mean, std and frame are those of the evaluation."""
-    torch.save(read_weights(trained_run).state_dict, tmp_path / "theirs.pth")
+    torch.save(read_weights(trained_run).tensors, tmp_path / "theirs.pth")
     flags = ["--ckpt", str(tmp_path / "theirs.pth"), "--recipe", recipe, "--quiet"]
     result = linear_eval.main([*flags, "--eval-size", "24", "--out", str(tmp_path / "linear")])
     lines = predict.main(["--ckpt", str(tmp_path / "linear"), str(pictures)])

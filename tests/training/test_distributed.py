@@ -1,7 +1,9 @@
 """Two processes train like one; and which start replaces itself by torchrun."""
 
 import os
+import signal
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import forked
@@ -177,16 +179,17 @@ def test_ranks_that_resume_at_different_steps_stop(sample, recipe, tmp_path):
 
 
 @pytest.fixture
-def exec_(monkeypatch):
+def exec_(monkeypatch, tmp_path):
     """What os.execve was called with; empty if it was not."""
+    monkeypatch.chdir(tmp_path)
+    Path("some folder").mkdir()
+    Path("some folder/train_byol.py").touch()
     called = []
     monkeypatch.setattr(os, "execve", lambda *args: called.append(args))
     for name in [n for n in os.environ if distributed._from_launcher(n)]:
         monkeypatch.delenv(name)
     monkeypatch.delenv(RELAUNCHED, raising=False)
-    main = ModuleType("__main__")
-    main.__spec__ = None
-    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
     monkeypatch.setattr(sys, "argv", ["some folder/train_byol.py", "--x"])
     return called
 
@@ -214,9 +217,27 @@ def test_L1_plain_python_becomes_torchrun_with_the_same_arguments(exec_):
 
 
 def test_a_module_is_started_again_as_a_module(exec_, monkeypatch):
-    sys.modules["__main__"].__spec__ = SimpleNamespace(name="variants.simsiam")
+    script = sys.argv[0]  # that is where runpy puts the module's file
+    sys.modules["__main__"].__spec__ = SimpleNamespace(name="variants.simsiam", origin=script)
     relaunch_if_needed(3, "cpu", ARGUMENTS)
     assert exec_[0][1][4:8] == ["--nproc-per-node=3", "-m", "variants.simsiam", "--gpus"]
+
+
+@pytest.mark.parametrize("script", ["", "-", "-c", "gone.py"])
+def test_no_script_to_start_again_is_one_line(exec_, monkeypatch, script):
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(UserError, match="--gpus 3: .*notebook.*in a shell"):
+        relaunch_if_needed(3, "cpu", ARGUMENTS)
+    assert exec_ == []
+
+
+def test_the_launcher_leaves_a_hangup_alone_under_nohup(exec_):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        relaunch_if_needed(3, "cpu", ARGUMENTS)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "--signals-to-handle=SIGTERM,SIGINT,SIGQUIT" in exec_[0][1]
 
 
 def test_L1_torchrun_with_one_worker_becomes_torchrun_with_more(exec_, monkeypatch):

@@ -40,7 +40,7 @@ def whole(sample, recipe, tmp_path):
     return tmp_path / "whole"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_S1_S5_a_signal_saves_at_the_step_and_the_resume_is_exact(whole, recipe, tmp_path, number):
     out = tmp_path / "run"
     child = forked.Children(train, recipe, out)

@@ -1,9 +1,14 @@
 """Weights from everywhere load equal, or are refused with a line that says why."""
 
 import json
+import pickle
+import re
+import sys
 import urllib.error
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -51,7 +56,7 @@ def test_everything_that_a_run_leaves_loads_equal(run, tmp_path):
              tmp_path / "bare.pt"]  # fmt: skip
     for path in paths:
         weights = read_weights(path)
-        assert same(weights.state_dict, trained), path
+        assert same(weights.tensors, trained), path
         assert bool(weights.meta) is (path.name != "bare.pt")
     for path in paths[:3]:
         weights = read_weights(path)
@@ -68,7 +73,7 @@ def test_everything_that_a_run_leaves_loads_equal(run, tmp_path):
 
 def test_the_online_encoder_is_the_one_that_is_kept(run):
     model = state_of(run, 10)["model"]
-    kept = read_weights(run).state_dict["conv1.weight"]
+    kept = read_weights(run).tensors["conv1.weight"]
     assert torch.equal(kept, model["encoder.conv1.weight"])
     assert not torch.equal(kept, model["target_encoder.conv1.weight"])
 
@@ -79,7 +84,7 @@ def test_C12_prefixes_are_taken_off(tmp_path, prefix, wrapped):
     state = encoder().state_dict()
     loaded = {prefix + k: v for k, v in state.items()}
     torch.save({"state_dict": loaded} if wrapped else loaded, tmp_path / "x.pt")
-    assert same(read_weights(tmp_path / "x.pt").state_dict, state)
+    assert same(loaded_from(tmp_path / "x.pt"), state)
 
 
 def test_a_checkpoint_with_an_online_probe_loads(sample, recipe, tmp_path):
@@ -87,7 +92,7 @@ def test_a_checkpoint_with_an_online_probe_loads(sample, recipe, tmp_path):
     flags = ["--recipe", recipe, "--out", str(out), "--quiet", "--online-probe"]
     train_byol.main(argv=flags)
     checkpoint = read_weights(out / "checkpoints" / "step-00000010.pt")
-    assert same(checkpoint.state_dict, read_weights(out).state_dict)
+    assert same(checkpoint.tensors, read_weights(out).tensors)
 
 
 def test_a_torchvision_classifier_loads_without_its_last_layer():
@@ -96,15 +101,34 @@ def test_a_torchvision_classifier_loads_without_its_last_layer():
     assert torch.equal(mine.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
 
 
-def sequential(state):
+def sequential(state, numbers="014567"):
     """As nn.Sequential(*list(resnet.children())[:-1]) names it."""
-    numbers = dict(conv1="0", bn1="1", layer1="4", layer2="5", layer3="6", layer4="7")
+    stages = dict(zip("conv1 bn1 layer1 layer2 layer3 layer4".split(), numbers, strict=True))
     parts = (name.split(".", 1) for name in state)
-    return {f"{numbers[a]}.{b}": state[f"{a}.{b}"] for a, b in parts}
+    return {f"{stages[a]}.{b}": state[f"{a}.{b}"] for a, b in parts}
+
+
+def shortcuts(state):
+    """As in networks for CIFAR: pytorch-cifar's, SupContrast's and lightly's."""
+    return {name.replace("downsample", "shortcut"): value for name, value in state.items()}
 
 
 def below(prefix, state):
     return {prefix + name: value for name, value in state.items()}
+
+
+def on_meta(state):
+    return {name: value.to("meta") for name, value in state.items()}
+
+
+CONFIG = EncoderConfig(stem="small", width=0.125)
+
+
+def loaded_from(path, config=CONFIG) -> dict:
+    """The state dict of a fresh encoder after loading what --ckpt `path` names."""
+    target = encoder(config.stem, config.width, seed=3)
+    read_weights(path).load_into(target, config, f"--ckpt {path}")
+    return target.state_dict()
 
 
 ELSEWHERE = {  # what other libraries write: mine, and a second network that is not meant
@@ -128,30 +152,197 @@ ELSEWHERE = {  # what other libraries write: mine, and a second network that is 
     "model": lambda s, other: {"model": below("net.trunk.", s)},
     "sequential": lambda s, other: sequential(s),
     "average alone": lambda s, other: below("teacher.backbone.", s),
+    "swav": lambda s, other: {
+        **below("module.", s),
+        "module.projection_head.0.weight": torch.ones(2, 2),
+        "module.prototypes.weight": torch.ones(2, 2),
+    },
+    "heads beside conv1": lambda s, other: {
+        **s,
+        "fc.0.weight": torch.ones(2, 2),
+        "projector.weight": torch.ones(2),
+    },
+    "mmcv": lambda s, other: {"meta": {"epoch": 3, "arch": "r18"}, "state_dict": s},
+    "meta like ours": lambda s, other: {
+        "meta": {"arch": "ResNet", "mean": [0.5]},
+        "model": below("encoder.", s),
+        "config": {"lr": 1.0},
+    },
+    "args": lambda s, other: {**s, "args": {"lr": 0.1, "seeds": [1, 2]}, "epoch": 7},
+    "nested": lambda s, other: {"a": [{"b": ({"state_dict": below("net.", s)},)}], 3: "x"},
+    "twice": lambda s, other: {"state_dict": below("encoder.", s), "model": s},
+    "byol-pytorch": lambda s, other: {
+        **below("net.", s),
+        **below("online_encoder.net.", s),
+        **below("target_encoder.net.", other),
+    },
+    "dino": lambda s, other: {
+        "student": below("module.backbone.", s),
+        "teacher": below("backbone.", other),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1.0}]},
+    },
+    "timm": lambda s, other: {"state_dict": s, "state_dict_ema": other, "arch": "resnet18"},
+    "camel": lambda s, other: {"model": s, "modelEma": other},
+    "another shape beside it": lambda s, other: {
+        "student": encoder(width=0.25).state_dict(),
+        "teacher": s,
+        "old": {k: v for k, v in other.items() if "layer4" not in k},
+    },
+    "pytorch-cifar": lambda s, other: {
+        "net": {**below("module.", shortcuts(s)), "module.linear.weight": torch.ones(2, 2)},
+        "acc": 93.1,
+    },
+    "lightly for CIFAR": lambda s, other: {  # no ReLU and no max-pool in between
+        "state_dict": below("backbone.", sequential(shortcuts(s), "012345"))
+        | {"projection_head.layers.0.weight": torch.ones(2, 2)},
+    },
+    "SimCLR for CIFAR": lambda s, other: {
+        **below("f.", sequential(s, "013456")),
+        **{f"g.{n}.weight": torch.ones(2) for n in range(8)},
+    },
+    "fastai": lambda s, other: {
+        "model": below("0.", sequential(s)) | {"1.8.weight": torch.ones(2, 2)},
+        "opt": {"state": [{"grad_avg": torch.ones(2)}], "hypers": [{"lr": 0.1}]},
+    },
+    "averages by other names": lambda s, other: {
+        "EMAModel": other,
+        "exponential_moving_average": other,
+        "key_encoder": other,
+        "polyak": other,
+        "net": s,
+    },
+    "optimizer by name": lambda s, other: {
+        "model": s,
+        "optim": {
+            key: {k: torch.ones_like(v) for k, v in s.items() if "running" not in k}
+            for key in ("exp_avg", "exp_avg_sq")
+        },
+    },
+    "an average without values": lambda s, other: {"model": s, "ema": on_meta(other)},
+    "double": lambda s, other: {k: v.double() for k, v in s.items()},
+    "half": lambda s, other: {k: v.half() if v.is_floating_point() else v for k, v in s.items()},
+    "no counters": lambda s, other: {k: v for k, v in s.items() if "num_batches" not in k},
 }
 
 
 @pytest.mark.parametrize("write", ELSEWHERE.values(), ids=ELSEWHERE)
 def test_weights_of_other_libraries_are_found_below_their_prefix(tmp_path, write):
     mine, other = encoder(seed=1), encoder(seed=2)
+    for network in (mine, other):  # exact in half precision too
+        for value in network.state_dict().values():
+            value.copy_(value.half() if value.is_floating_point() else value)
     torch.save(write(mine.state_dict(), other.state_dict()), tmp_path / "x.pth")
-    target = encoder(seed=3)
-    load_weights(target, read_weights(tmp_path / "x.pth").state_dict, "x")
-    assert same(target.state_dict(), mine.state_dict())
+    assert same(loaded_from(tmp_path / "x.pth"), mine.state_dict())
+
+
+def test_the_config_of_another_tool_beside_its_weights_is_not_ours(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": ["resnet"]}')
+    torch.save(encoder(seed=1).state_dict(), tmp_path / "pytorch_model.bin")
+    assert same(loaded_from(tmp_path / "pytorch_model.bin"), encoder(seed=1).state_dict())
+
+
+def test_a_deeper_resnet_is_not_taken_for_a_part_of_it(tmp_path):
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="layer1.2.conv1.weight is unknown"):
+        loaded_from(tmp_path / "x.pth", EncoderConfig())
+
+
+def test_an_average_is_not_taken_where_the_trained_network_is_not_readable(tmp_path):
+    state = encoder().state_dict()
+    torch.save({"model": on_meta(state), "ema": state}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="conv1.weight is sparse, .* or without values"):
+        loaded_from(tmp_path / "x.pth")
 
 
 def test_an_encoder_of_a_fork_that_wraps_a_resnet_stays_as_it_is(tmp_path):
     """Its file says what it is; nothing is looked for below a prefix."""
     state = below("backbone.", encoder().state_dict()) | {"neck.weight": torch.ones(2, 2)}
-    torch.save({"state_dict": state, "meta": {"arch": "resnet18"}}, tmp_path / "encoder.pt")
-    assert same(read_weights(tmp_path / "encoder.pt").state_dict, state)
+    torch.save({"state_dict": state, "meta": META}, tmp_path / "encoder.pt")
+    assert same(read_weights(tmp_path / "encoder.pt").tensors, state)
 
 
 def test_two_networks_of_equal_right_are_named(tmp_path):
     state = below("left.", encoder(seed=1).state_dict()) | below("right.", encoder().state_dict())
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"x.pth: holds several networks \(left., right.\)"):
-        read_weights(tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x.pth: holds several networks .*\(left, right\).*:right"):
+        loaded_from(tmp_path / "x.pth")
+    for name, seed in (("left", 1), ("right", 0), ("right.", 0)):
+        found = loaded_from(f"{tmp_path}/x.pth:{name}")
+        assert same(found, encoder(seed=seed).state_dict()), name
+    with pytest.raises(UserError, match="no network of that name"):
+        loaded_from(f"{tmp_path}/x.pth:middle")
+
+
+def test_a_name_behind_a_colon_chooses_any_network_of_a_file(tmp_path):
+    states = [encoder(seed=s).state_dict() for s in range(3)]
+    content = {"state_dict": {**states[0], **below("teacher.net.", states[1])}, "x": states[2]}
+    torch.save(content, tmp_path / "a:b.pth")
+    for name, state in zip(("state_dict", "teacher", "x"), states, strict=True):
+        assert same(loaded_from(f"{tmp_path}/a:b.pth:{name}"), state), name
+    torch.save(states[0] | below("other.", states[1]), tmp_path / "y.pth")
+    with pytest.raises(UserError, match=r"\(\., other\)"):
+        loaded_from(tmp_path / "y.pth")
+    assert same(loaded_from(f"{tmp_path}/y.pth:."), states[0])
+    torch.save(below("other.", states[1]) | states[0], tmp_path / "z.pth")
+    with pytest.raises(UserError, match=r"\(other, \.\).* as in FILE:\.$"):
+        loaded_from(tmp_path / "z.pth")
+
+
+def test_the_target_network_of_a_checkpoint_by_name(run):
+    path = run / "checkpoints" / "step-00000010.pt"
+    model = state_of(run, 10)["model"]
+    found = loaded_from(f"{path}:target_encoder")["conv1.weight"]
+    assert torch.equal(found, model["target_encoder.conv1.weight"])
+
+
+def test_safetensors_load_with_and_without_our_meta_data(tmp_path):
+    from safetensors.torch import save_file
+
+    state = encoder(seed=1).state_dict()
+    save_file(below("backbone.", state), tmp_path / "a.safetensors", metadata={"format": "pt"})
+    ours = {k: json.dumps(v) for k, v in META.items()}
+    save_file(dict(state), tmp_path / "b.safetensors", metadata=ours)
+    for name in "ab":
+        assert same(loaded_from(tmp_path / f"{name}.safetensors"), state)
+    assert read_weights(tmp_path / "b.safetensors").meta == META
+    foreign = {"stem": "cifar", "tool": "x"}
+    save_file(dict(state), tmp_path / "model.bin", metadata=foreign)  # by its content
+    assert same(loaded_from(tmp_path / "model.bin"), state)
+    torch.save(state, tmp_path / "d.safetensors")
+    assert same(loaded_from(tmp_path / "d.safetensors"), state)
+    (tmp_path / "c.safetensors").write_bytes(b"\x10" * 40)
+    with pytest.raises(UserError, match="c.safetensors: not a"):
+        read_weights(tmp_path / "c.safetensors")
+
+
+def test_safetensors_without_its_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "x.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    with pytest.raises(UserError, match="x.safetensors: needs the package safetensors: pip"):
+        read_weights(tmp_path / "x.safetensors")
+
+
+class Foreign:
+    """A class of somebody's training code."""
+
+
+REFUSED = {
+    "object": ({"state_dict": {}, "cfg": Foreign()}, r"test_weights\.Foreign"),
+    "path": ({"args": {"out": Path("x")}}, "PosixPath"),
+    "module": (torch.nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
+    "numpy": ({"best": np.float64(3)}, "numpy.*scalar"),
+}
+
+
+@pytest.mark.parametrize("content, name", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_is_refused_is_named_with_the_way_out(tmp_path, content, name, zipped):
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError) as error:
+        read_weights(tmp_path / "x.pth", "--init")
+    text = str(error.value)
+    assert re.search(rf"{name}; ", text) and "torch.save(model.state_dict(), 'weights.pth')" in text
+    assert text.startswith(f"--init {tmp_path}/x.pth: ") and "of this project" not in text
 
 
 def broken(change):
@@ -190,7 +381,52 @@ def test_C13_weights_that_are_not_finite_are_refused(tmp_path, value):
     state = broken(lambda s: s["layer3.0.conv1.weight"].view(-1)[7].fill_(value))
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UserError, match="--ckpt: layer3.0.conv1.weight is not finite"):
-        load_weights(encoder(), read_weights(tmp_path / "x.pt").state_dict, "--ckpt")
+        load_weights(encoder(), read_weights(tmp_path / "x.pt").tensors, "--ckpt")
+
+
+UNUSUAL = {
+    "sparse": lambda v: v.to_sparse(),
+    "quantized": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+    "without values": lambda v: v.to("meta"),
+    "too large": lambda v: v.double() * 1e300,
+    "complex": lambda v: v.to(torch.complex64),
+    "integers": lambda v: v.to(torch.int8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL)
+@pytest.mark.parametrize("twice", [False, True])
+def test_unusual_tensors_are_one_line_that_names_one(tmp_path, change, twice):
+    state = encoder().state_dict()
+    state["layer1.0.conv1.weight"] = change(state["layer1.0.conv1.weight"])
+    torch.save({"a": state, "b": state | {}} if twice else state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="several networks|layer1.0.conv1.weight"):
+        loaded_from(tmp_path / "x.pth")
+
+
+def test_eight_bit_floats_load(tmp_path):
+    state = {k: v.to(torch.float8_e4m3fn) if v.is_floating_point() else v
+             for k, v in encoder(seed=1).state_dict().items()}  # fmt: skip
+    torch.save(state, tmp_path / "x.pth")
+    found = loaded_from(tmp_path / "x.pth")
+    assert all(torch.equal(found[k], v.to(found[k].dtype)) for k, v in state.items())
+
+
+OTHER_TOOLS = {
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "gguf": b"GGUF" + bytes(400),
+    "pickle": pickle.dumps({"conv1.weight": torch.ones(2)}),
+    "pickled numpy": pickle.dumps({"model": {"conv1.weight": np.ones(2)}}),
+}
+
+
+@pytest.mark.parametrize("content", OTHER_TOOLS.values(), ids=OTHER_TOOLS)
+def test_files_of_other_tools_are_one_line_and_no_warning(tmp_path, recwarn, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.pth: not a checkpoint or state dict \("):
+        read_weights(tmp_path / "x.pth")
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, {}, [1, 2], torch.ones(2), {"state_dict": {}}])
@@ -246,7 +482,11 @@ def cache(monkeypatch, tmp_path) -> Path:
 def cached(cache) -> dict:
     """A file where torchvision looks for its ImageNet weights, in their format."""
     torch.manual_seed(11)
-    state = torchvision.models.resnet18().state_dict()
+    network = torchvision.models.resnet18()
+    # as published: parameters, not tensors, and no counters, which torch did not have then
+    state = OrderedDict(network.named_parameters())
+    state |= {k: v for k, v in network.named_buffers() if "num_batches_tracked" not in k}
+    assert len(state) == 102
     cache.parent.mkdir(parents=True)
     torch.save(state, cache)
     return state
@@ -261,7 +501,7 @@ def test_init_imagenet_starts_from_torchvisions_cache(sample, recipe, tmp_path, 
     out = tmp_path / "run"
     script.main(argv=["--recipe", recipe, "--out", str(out), *IMAGENET])
     weights = read_weights(out)
-    assert torch.equal(weights.state_dict["layer4.1.conv2.weight"],
+    assert torch.equal(weights.tensors["layer4.1.conv2.weight"],
                        cached["layer4.1.conv2.weight"])  # fmt: skip
     assert weights.meta["mean"] == [0.485, 0.456, 0.406] == IMAGENET_MEAN
     assert weights.meta["std"] == [0.229, 0.224, 0.225] == IMAGENET_STD
@@ -306,7 +546,7 @@ def test_C10_a_malicious_file_in_the_cache_is_not_run(cache, tmp_path):
 
 
 def test_bare_weights_need_their_shape_on_the_command_line(sample, run, tmp_path, capsys):
-    torch.save(read_weights(run).state_dict, tmp_path / "bare.pt")
+    torch.save(read_weights(run).tensors, tmp_path / "bare.pt")
     flags = ["--ckpt", str(tmp_path / "bare.pt"), "--dataset", "sample", "--quiet",
              "--linear.strength", "0.1", "--threads", "1", "--device", "cpu"]  # fmt: skip
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,56 @@
+"""Folders of images for tests."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import folder
+from data.datasets import DataConfig
+
+SIZE = 16
+CONFIG = DataConfig(dataset="folder", store_size=SIZE)
+
+
+def picture(width=40, height=30, seed=0):
+    """Smooth and asymmetric: neither a flip, a turn nor a swap of channels leaves it as it is."""
+    y, x = np.mgrid[:height, :width]
+    red, green = 20 + 200 * x / width, 20 + 200 * y / height
+    blue = 120 + 100 * np.sin(x / width * 3 + seed) * np.cos(y / height * 2)
+    return Image.fromarray(np.stack([red, green, blue], 2).astype(np.uint8))
+
+
+def save(path, image, **keywords):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **keywords)
+
+
+def pixels(path, size):
+    return folder.decode(path, size).pixels
+
+
+def flat(path, value, mode="RGB", size=(20, 20)):
+    save(path, Image.new(mode, size, value))
+
+
+def packed(root, **changes):
+    config = DataConfig(dataset="folder", **{"store_size": SIZE, **changes})
+    folder.prepare(root, config)
+    return folder.load(root, config)
+
+
+def reds(images):
+    return images.gather(np.arange(len(images)))[:, 0, 0, 0].tolist()
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Images whose red is their number: train 10.., test 60.., unlabelled 90.."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "images"
+    for n, name in enumerate(["cat/b.png", "cat/a.png", "ant/x/deep.png", "dog/c.PNG"]):
+        flat(root / "train" / name, (10 + n, 0, 0))
+    flat(root / "test" / "dog" / "d.png", (60, 0, 0))
+    flat(root / "test" / "ant" / "e.png", (61, 0, 0))
+    flat(root / "unlabelled" / "f.png", (90, 0, 0))
+    flat(root / "unlabelled" / "more" / "g.png", (91, 0, 0))
+    return root
