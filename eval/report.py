@@ -19,7 +19,6 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
@@ -27,7 +26,7 @@ from torch.nn.functional import normalize
 
 from data import datasets
 from eval.classifiers import fit_linear
-from eval.pictures import accuracy_figure, confusion_figure, curves_figure, map_figure
+from eval.pictures import accuracy_figure, confusion_figure, curves_figure, map_figure, own_style
 from eval.table import Cells, markdown
 from eval.trained import load_encoder, new_file
 from training.checkpoints import write_atomically
@@ -36,7 +35,6 @@ from training.config import Parser, UserError
 from training.run_folder import read_json, read_metrics
 from training.weights import read_weights
 
-THEMES = {"light": "default", "dark": "dark_background"}
 QUERIES, NEIGHBOURS, MISTAKES, MAPPED, TILE = 8, 6, 24, 1000, 144
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1b1f24;--soft:#57606a;--line:#d8dce2;
@@ -78,8 +76,8 @@ def find(folders: list[Path]) -> Runs:
             results = {folder: results[folder]}
         found.pretraining += [f for f, r in results.items() if "top1" not in r]
         if (folder / "results.json").exists():
-            found.tables.append((folder / "results.md").read_text())
-            found.rows += json.loads((folder / "results.json").read_text())
+            found.tables.append((folder / "results.md").read_text("utf-8", "replace"))
+            found.rows += json.loads((folder / "results.json").read_bytes())
             settings = read_json(folder / "settings.json")
             on = settings["recipe"].get("data", {}).get("evaluate_on", "test")
             found.measured["evaluate_on"] = settings["flags"].get("data.evaluate_on", on)
@@ -90,7 +88,8 @@ def find(folders: list[Path]) -> Runs:
     if scripts:
         rows = [_row(f, r, scripts) for f, r in scripts.items()]
         found.rows += rows
-        found.tables.append(markdown(rows, [], "Runs", [f"`{_command(f)}`\n" for f in scripts]))
+        notes = [line for f in scripts for line in (f"`{_command(f)}`", "")]
+        found.tables.append(markdown(rows, [], "Runs", notes))
         last = max(scripts.values(), key=lambda result: result["labels"])
         found.measured = {"evaluate_on": last["measured_on"], "draw": last["draw"]}
     if not (found.rows or found.pretraining):
@@ -203,16 +202,15 @@ def tile(images, row: int, text: str, kind: str) -> str:
 
 def picture(draw, text: str, *arguments) -> str:
     """A matplotlib figure, drawn once for each theme, with a line below it."""
-    found = {}
-    for theme, style in THEMES.items():
-        with plt.style.context(style):
-            figure = draw(*arguments)
-            found[theme] = _uri(functools.partial(figure.savefig, dpi=110, transparent=True))
-            plt.close(figure)
+    found = []
+    for dark in (False, True):
+        with own_style(dark):
+            figure = draw.__wrapped__(*arguments)  # `draw` itself sets the light style
+            found.append(_uri(functools.partial(figure.savefig, dpi=110, transparent=True)))
     text = html.escape(text)
     return (
-        f"<figure style='margin:0'><picture class=wide><source srcset='{found['dark']}' "
-        f"media='(prefers-color-scheme: dark)'><img src='{found['light']}' alt='{text}'></picture>"
+        f"<figure style='margin:0'><picture class=wide><source srcset='{found[1]}' "
+        f"media='(prefers-color-scheme: dark)'><img src='{found[0]}' alt='{text}'></picture>"
         f"<figcaption>{text}</figcaption></figure>"
     )
 
@@ -297,7 +295,7 @@ def main(argv: list[str] | None = None) -> Path:
     with one_line_errors():
         given = parser.parse_args(argv)
         out = new_file(given.out) if given.out else given.runs[0] / "report.html"
-        page = build(given.runs).encode()
+        page = build(given.runs).encode(errors="backslashreplace")
         write_atomically(out, page)
         print(f"{out}: {len(page) / 1e6:.1f} MB, opens in any browser")
     return out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.datasets import printable
 from eval.protocols import PROTOCOLS
 
 # 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
@@ -33,9 +34,9 @@ class Cells:
 
     def __init__(self, path: Path, write: bool) -> None:
         self.path, self.write, self.cells = path, write, {}
-        text = path.read_text() if path.exists() else ""
-        if write and text and not text.endswith("\n"):  # the next cell gets a line of its own
-            path.write_text(text + "\n")
+        text = path.read_bytes() if path.exists() else b""
+        if write and text and not text.endswith(b"\n"):  # the next cell gets a line of its own
+            path.write_bytes(text + b"\n")
         for line in text.splitlines():
             try:
                 cell = json.loads(line)
@@ -51,7 +52,7 @@ class Cells:
         cell = dict(zip(KEY, key, strict=True)) | values
         self.cells[key] = cell
         if self.write:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(cell) + "\n")
         return cell
 
@@ -137,10 +138,17 @@ def paired_interval(difference: np.ndarray) -> tuple[float, float | None]:
     return float(difference.mean()), float(t * math.sqrt(variance))
 
 
+def plain(text: str, most: int = 9999, signs: str = "") -> str:
+    """`text` on one line: unprintable characters and `signs` escaped, a long middle left out."""
+    text = "".join(f"\\u{ord(c):04x}" if c in signs else c for c in printable(text))
+    text = " " * text.startswith("_") + text  # matplotlib's legends leave out what begins with _
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
+
+
 def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str]) -> str:
     """The table as text: one line a row, one column a label budget."""
     budgets = sorted({r["labels"] for r in rows})
-    lines = [f"# {title}", "", *notes, ""]
+    lines = [f"# {plain(title)}", "", *map(plain, notes), ""]
     heads = " | ".join(f"{b:,} labels" for b in budgets)
     lines += [f"| row | init | {heads} | draws x seeds | seconds | protocol |"]
     lines += ["|---|---|" + "---|" * len(budgets) + "---|---|---|"]
@@ -154,7 +162,7 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
             figures.append(f"{r['top1_mean']:.1f}{spread}" if r else "")
         count = f"{first['draws']} x {first['pretrain_seeds']}"
         cells = [name, init, *figures, count, f"{first['seconds']:.1f}", first["protocol"]]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(plain(cell, signs="|`") for cell in cells) + " |")
     lines += ["", "Top-1 in percent, mean ± standard deviation over label draws.", ""]
     for name in sorted({r["protocol"] for r in rows}):
         if p := PROTOCOLS.get(name):

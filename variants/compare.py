@@ -72,7 +72,7 @@ def run(config, processes) -> dict:
         found += rows_of(table, name, None)
     if processes.main:
         write_json(table.out / "methods.json", found)
-        (table.out / "methods.md").write_text(markdown(found))
+        (table.out / "methods.md").write_text(markdown(found), encoding="utf-8")
         from eval.pictures import methods_figure, save  # matplotlib is slow to import
 
         save(methods_figure(found), table.out / "methods.png")

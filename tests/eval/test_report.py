@@ -1,6 +1,7 @@
 """The report: one file, all sections, the table's own figures."""
 
 import base64
+import dataclasses
 import io
 import itertools
 import json
@@ -9,12 +10,12 @@ import shutil
 import sys
 from html.parser import HTMLParser
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import data.sample
 import train_baseline
 from eval import report
 from eval.pictures import confusion_figure, map_figure
@@ -172,6 +173,40 @@ def test_rows_of_one_name_are_told_apart(sample, trained_run, tmp_path):
     assert page.text["h2"] == [*SECTIONS[:2], "Features"]
 
 
+NASTY = [
+    "\udcff\udcfe", r"$\foo$", "_x", "a|b`c`\\", "<script>&\"'", "line\nbreak\ttab", "\u202eright",
+    "😀日本語", "n" * 250, "'><img src=x>",
+]  # fmt: skip
+
+
+def test_names_may_hold_any_character(sample, table, monkeypatch, tmp_path):
+    nasty = dataclasses.replace(sample, class_names=NASTY)
+    monkeypatch.setattr(data.sample, "load", lambda root, config: nasty)
+    folder = tmp_path / "_|`\udcff\n$x^ '\"><script>"
+    shutil.copytree(table, folder)
+    (folder / "results.md").write_bytes(
+        "\xb1".encode("latin-1") + (folder / "results.md").read_bytes()
+    )
+    runs = [folder / name for name in ("byol-random-seed0", "_other")]
+    shutil.copytree(*runs)
+    for named in ([folder], runs):
+        text = report.main([*map(str, named)]).read_text("utf-8")
+        page = Page(text)
+        assert page.text["h2"] == SECTIONS
+        known = {"html", "meta", "title", "style", "h1", "h2", "h3", "p", "section", "figure"}
+        known |= {"picture", "source", "img", "figcaption", "div", "table", "tr", "td", "th", "ul"}
+        assert {tag for tag, _ in page.tags} <= known | {"li", "code", "pre", "details", "summary"}
+        assert all(a["src"].startswith("data:") for tag, a in page.tags if tag == "img")
+        assert {key for _, a in page.tags for key in a} <= {
+            "lang", "charset", "name", "content", "style", "class", "src", "srcset", "media", "alt",
+        }  # fmt: skip
+        for name in NASTY:
+            shown = name.encode(errors="backslashreplace").decode()
+            assert any(shown in figure for figure in page.text["figure"])
+    rows = [line for line in re.findall("<tr>(.*?)</tr>", text)]
+    assert len({row.count("<td>") + row.count("<th>") for row in rows}) == 1
+
+
 def test_many_classes_fit_on_a_page():
     rng, names = np.random.default_rng(0), [f"class {i}" for i in range(120)]
     truth, guess = rng.integers(0, 120, (2, 500))
@@ -179,7 +214,6 @@ def test_many_classes_fit_on_a_page():
     for draw, given in ((confusion_figure, (truth, guess)), (map_figure, (points, truth))):
         figure = draw(*given, names)
         assert max(figure.get_size_inches()) <= 18 and not any(a.texts for a in figure.axes)
-        plt.close(figure)
 
 
 @pytest.mark.parametrize("count, text", [(3, "Too few images"), (12, "t-SNE")])

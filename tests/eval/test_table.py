@@ -1,13 +1,14 @@
 """The table's arithmetic against scipy and closed forms, and what it prints."""
 
 import json
+import re
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from scipy import stats
 
 from eval.pictures import accuracy_figure, curves_figure, save
+from eval.report import to_html
 from eval.table import T975, Cells, markdown, paired_interval
 
 
@@ -146,6 +147,49 @@ def test_markdown_has_a_line_a_row_and_the_claims_whatever_their_sign(tmp_path):
     assert "-0.90" in claims[1] and claims[1].endswith("| no, the opposite |")
 
 
+NASTY = [
+    "a|b",
+    "`",
+    "c`d",
+    "line\nbreak",
+    "\r| x |",
+    "\udcff",
+    "_x",
+    "\u2028|---|",
+    "<b>",
+    "\\|",
+    "$",
+]
+
+
+def test_any_name_is_a_cell_of_its_own():
+    rows = [dict(name=name, init="none", labels=20, top1_mean=50.0 + i, top1_std=None, draws=1,
+                 pretrain_seeds=1, seconds=1.0, protocol="unknown") for i, name in enumerate(NASTY)
+            ]  # fmt: skip
+    text = markdown(rows, [], "The title\n|---|", ["`a\n|---|`", "", "\udcff"])
+    text.encode()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(NASTY) and {line.count("|") for line in lines} == {7}
+    page = to_html(text)
+    assert page.count("<tr>") == 1 + len(NASTY) and page.count("<td>") == 6 * len(NASTY)
+    assert page.count("<code>") == page.count("</code>") == 1 and page.count("<h3>") == 1
+    names = re.findall("<tr><td>(.*?)</td>", page)
+    assert names == [
+        r"a\u007cb", r"\u0060", r"c\u0060d", r"line\u000abreak", r"\u000d\u007c x \u007c",
+        r"\udcff", "_x", r"\u2028\u007c---\u007c", "&lt;b&gt;", "\\\\u007c", "$",
+    ]  # fmt: skip
+
+
+def test_a_line_of_other_bytes_costs_no_cell(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    cells = filled(path)
+    path.write_bytes(b'{"name": "\xff"}\n' + path.read_bytes() + b"\xff\xfe")
+    again = Cells(path, write=True)
+    assert again.cells == cells.cells
+    again.add(("new", "none", 500, 1, 1), top1=1.0)
+    assert len(Cells(path, write=False).cells) == len(cells.cells) + 1
+
+
 def test_one_draw_is_printed_without_spread_or_verdict(tmp_path):
     cells = Cells(tmp_path / "cells.jsonl", write=True)
     for name, top1 in (("byol-finetune", 70.0), ("baseline", 60.0)):
@@ -175,7 +219,6 @@ def test_the_curves_are_those_that_were_logged():
     first, second = shown["k-NN top-1, %"].lines
     assert first.get_xydata().tolist() == [[1, 50], [100, 149]] and not len(second.get_xydata())
     assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b"]
-    plt.close(figure)
 
 
 def test_claims_pair_draws_by_their_number(tmp_path):

@@ -1,0 +1,169 @@
+"""Pictures: any name can be drawn, and the user's settings don't matter."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval import pictures, report
+from eval.pictures import save
+from eval.table import Cells
+from training.config import UserError
+
+ROOT = Path(report.__file__).parents[1]
+
+NASTY = [
+    "\udcff\udcfe", "$", r"$\foo$", "_x^2", "a|b`c`\\", "<script>&\"'", "line\nbreak\ttab",
+    "\u202eright \x01", "😀日本語", "\u0627\u0905", "n" * 250, "%s {}",
+]  # fmt: skip
+HOSTILE = {
+    "text.usetex": True,
+    "savefig.format": "pdf",
+    "savefig.bbox": "tight",
+    "figure.dpi": 40,
+    "font.size": 20,
+    "axes.prop_cycle": matplotlib.cycler(color=["#123456"]),
+    "axes.facecolor": "red",
+    "axes.spines.left": False,
+    "xtick.color": "red",
+    "image.cmap": "hot",
+    "legend.loc": "upper left",
+}
+
+
+def figures(names: list[str]):
+    """Arguments of each picture function, by its name."""
+    rng, count = np.random.default_rng(0), len(names)
+    truth, guess = rng.integers(0, count, (2, 300))
+    rows = [
+        dict(name=name, init="none", labels=labels, top1_mean=50.0 + i, top1_std=1.0)
+        for i, name in enumerate(names)
+        for labels in (20, 100)
+    ]
+    budget = [
+        dict(name=name, kind=kind, labels=20, top1=50.0 + i, std=None)
+        for i, name in enumerate(names)
+        for kind in ("linear", "knn")
+    ]
+    budget += [dict(name=f"{name} control", kind="linear", labels=20, top1=40.0, std=None)
+               for name in names]  # fmt: skip
+    steps = [dict(step=s, loss=4.0 - s, lr=s * 1e-5) for s in range(3)]
+    return {
+        "accuracy_figure": (rows, names[0]),
+        "curves_figure": ({name: steps for name in names},),
+        "methods_figure": (budget,),
+        "confusion_figure": (truth, guess, names),
+        "map_figure": (rng.normal(size=(300, 2)), truth, names),
+    }
+
+
+KINDS = list(figures(["a"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_name_can_be_drawn(tmp_path, kind):
+    path = tmp_path / "\udcff $x" / "picture.svg"
+    path.parent.mkdir()
+    draw, given = getattr(pictures, kind), figures(NASTY)[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = draw(*given)
+        save(figure, path)
+        report.picture(draw, "text", *given)
+    picture = Image.open(path)
+    picture.load()
+    assert picture.format == "PNG" and picture.info["Software"] == "byol"
+    legends = figure.legends + [axes.get_legend() for axes in figure.axes]
+    assert kind != "confusion_figure" or figure.axes[0].spines["top"].get_visible()
+    if kind in ("curves_figure", "map_figure"):
+        texts = [text.get_text() for text in legends[0].texts]
+        assert len(texts) == len(NASTY) and [t.strip() for t in texts[:4]] == [
+            r"\udcff\udcfe", "$", r"$\foo$", "_x^2",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_names_leave_room_for_the_axes(kind):
+    figure = getattr(pictures, kind)(*figures(["n" * 250, "v" * 250])[kind])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as where the axes collapse
+        figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_users_settings_change_no_pixel_and_stay(kind):
+    draw, given = getattr(pictures, kind), figures(["a", "b", "c"])[kind]
+
+    def drawn():
+        file = io.BytesIO()
+        save(draw(*given), file)
+        return file.getvalue(), report.picture(draw, "text", *given)
+
+    usual = drawn()
+    with matplotlib.rc_context(HOSTILE):
+        before = dict(matplotlib.rcParams)
+        assert drawn() == usual
+        assert dict(matplotlib.rcParams) == before
+    dark, light = re.findall("base64,([^']+)'", usual[1])
+    assert dark != light
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import reproduce
+from eval import report
+from training.config import UserError
+from training.distributed import SINGLE
+
+def gone(config):
+    raise UserError("gone")
+
+report.datasets.load = gone
+recipe, out = sys.argv[1:]
+config = reproduce.configure(["--recipe", recipe])
+table = SimpleNamespace(config=config, out=Path(out), processes=SINGLE)
+rows = json.loads(Path(out, "rows.json").read_bytes())
+reproduce.report(table, rows, [], [Path(out, "_run $x")])
+report.main([out])
+"""
+
+
+def test_no_setting_of_matplotlib_ends_the_scripts(trained_run, tmp_path, monkeypatch):
+    out = tmp_path / "a|\udcff`$ <b>\n| table"
+    shutil.copytree(trained_run, out / "_run $x")
+    rows = figures(["byol-linear", "raw-pixels"])["accuracy_figure"][0]
+    rows = [row | dict(draws=1, pretrain_seeds=1, seconds=1.0, protocol="features-linear",
+                       test_images=100) for row in rows]  # fmt: skip
+    (out / "rows.json").write_text(json.dumps(rows))
+    (out / "settings.json").write_text(json.dumps({"recipe": {}, "flags": {}}))
+    Cells(out / "cells.jsonl", True).add(("byol-linear", "none", 20, 0, 0), top1=50.0)
+    settings = "backend: tkagg\ntext.usetex: True\nsavefig.format: pdf\nfigure.dpi: 40\n"
+    settings += "axes.prop_cycle: cycler('color', ['k'])\naxes.facecolor: red\nfont.size: 20\n"
+    (tmp_path / "matplotlibrc").write_text(settings)
+    environment = os.environ | {"MPLBACKEND": "nonsense", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", PROGRAM, str(trained_run.parent / "tiny.toml"), str(out)]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"Warning" not in done.stderr
+    page = (out / "report.html").read_text("utf-8")
+
+    def gone(config):
+        raise UserError("gone")
+
+    monkeypatch.setattr(report.datasets, "load", gone)
+    assert report.main([str(out), "--out", str(tmp_path / "page.html")]).read_text("utf-8") == page
+    save(pictures.accuracy_figure(rows, "Results"), tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes() == (out / "results.png").read_bytes()
