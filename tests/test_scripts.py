@@ -13,7 +13,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, metrics, state_of
+from conftest import TINY, distance, metrics, momentum, state_of, trained
 
 import finetune
 import linear_eval
@@ -50,11 +50,11 @@ def python(*arguments, code: int = 0, cwd=ROOT) -> str:
 
 
 def test_L1_three_spellings_are_one_run(tmp_path):
-    """Two processes against one in float32: weights to 1e-4, losses to 1e-5."""
+    """Bit for bit; against one process, the first loss, gradient and running statistics."""
     recipe = tmp_path / "a recipe.toml"
     recipe.write_text(TINY)
     shared = [f"--recipe={recipe}", "--device", "cpu", "--optimizer", "sgd", "--steps", "3",
-              "--batch-size", "32", "--quiet"]  # fmt: skip
+              "--batch-size", "32", "--save-every", "1", "--keep", "3", "--quiet"]  # fmt: skip
     spellings = {
         "one": ["train_byol.py"],
         "python": ["train_byol.py", "--gpus", "2"],
@@ -71,17 +71,19 @@ def test_L1_three_spellings_are_one_run(tmp_path):
     finally:
         for process in running.values():
             process.terminate()
-    states = {name: state_of(tmp_path / "with space" / name, 3) for name in spellings}
-    rows = {name: metrics(tmp_path / "with space" / name) for name in spellings}
-    assert rows["python"] == rows["torchrun"] == rows["nproc"]
-    assert [r["loss"] for r in rows["python"]] == pytest.approx(
-        [r["loss"] for r in rows["one"]], rel=1e-5
-    )
-    for name, value in states["one"]["model"].items():
-        two = states["python"]["model"][name]
-        assert torch.equal(two, states["torchrun"]["model"][name])
-        assert torch.equal(two, states["nproc"]["model"][name])
-        torch.testing.assert_close(two, value, rtol=1e-4, atol=1e-5, msg=name)
+    outs = {name: tmp_path / "with space" / name for name in spellings}
+    rows = {name: metrics(out) for name, out in outs.items()}
+    assert rows["python"] == rows["torchrun"] == rows["nproc"] and len(rows["python"]) == 3
+    assert len({trained(outs[name], 3) for name in ("python", "torchrun", "nproc")}) == 1
+
+    # float32 allows no more than one step; tests/test_scaling.py compares more in float64
+    one, two = outs["one"], outs["python"]
+    assert rows["python"][0]["loss"] == pytest.approx(rows["one"][0]["loss"], rel=1e-5)
+    assert distance(momentum(two, 1), momentum(one, 1)) < 0.1
+    states = [state_of(out, 1) for out in (one, two)]
+    assert [state["processes"] for state in states] == [1, 2]
+    for name, value in states[0]["model"].items():
+        torch.testing.assert_close(states[1]["model"][name], value, rtol=1e-4, atol=1e-5, msg=name)
     config = json.loads((tmp_path / "with space" / "python" / "config.json").read_text())
     assert "--gpus" in config["command"]
 
@@ -196,7 +198,9 @@ def test_every_result_says_what_it_rests_on(run, recipe):
 
 def test_nearest_neighbours_come_in_all_four_kinds(run):
     result = linear_eval.main(["--ckpt", str(run), *CPU, "--head", "knn"])
-    kinds = ("cosine_5nn", "cosine_20nn", "cosine_200nn", "euclidean_5nn")
+    # the bank has 100 images: no figure is called one of 200 neighbours
+    kinds = ("cosine_5nn", "cosine_20nn", "cosine_100nn", "euclidean_5nn")
+    assert kinds == tuple(k for k in result if k.endswith("nn"))
     assert all(0 <= result[k] <= 100 for k in kinds) and result["top1"] == result["cosine_20nn"]
     assert len({result[k] for k in kinds}) > 1
     assert not (run / "knn" / "classifier.pt").exists()
@@ -444,7 +448,7 @@ def test_settings_are_chosen_without_test_images(sample, recipe, tmp_path):
     assert all(c["test_images"] == 100 - c["labels"] for c in cells)
 
 
-def test_reproduce_runs_in_two_processes(sample, recipe, tmp_path):
+def test_reproduce_runs_in_two_processes(sample, recipe, tmp_path, float64):
     """In lockstep, as the same table; one rank's files are there when the other reads them."""
     flags = ["--recipe", recipe, "--mlp.steps", "5", "--precision", "fp32"]
 
@@ -453,10 +457,14 @@ def test_reproduce_runs_in_two_processes(sample, recipe, tmp_path):
 
     forked.run(table, tmp_path / "two", ranks=2)
     reproduce.main(argv=[*flags, "--out", str(tmp_path / "one")])
+    losses = [
+        [r["loss"] for r in metrics(tmp_path / n / "byol-random-seed0")] for n in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
     assert [(r["name"], r["labels"]) for r in one] == [(r["name"], r["labels"]) for r in two]
     for a, b in zip(one, two, strict=True):
-        assert abs(a["top1_mean"] - b["top1_mean"]) <= 3, a["name"]  # of 100 test images
+        assert abs(a["top1_mean"] - b["top1_mean"]) <= 1, a["name"]  # of 100 test images
 
 
 def test_an_evaluation_starts_from_the_recipe_of_its_run(run):
@@ -497,7 +505,7 @@ WRONG = {
     ),
     "a rate of LARS in Adam": (PRETRAIN, "--optimizer adamw --lr 0.45", "adamw wants about 1e-3"),
     "folds of another data set": (LABELLED, "--folds", "--fold 0"),
-    "a sweep of one image a class": (LABELLED, "--sweep --labels 10", "one image of a class"),
+    "a sweep of one image a class": (LABELLED, "--sweep --labels 10", "each class has one"),
 }
 
 
