@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from training.config import option
 
 __all__ = ["Method", "option"]
+KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 class Method(nn.Module):
@@ -55,15 +56,34 @@ class Method(nn.Module):
         return {}
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Optimizer groups by dimension: 1-D parameters get no weight decay, no LARS adaptation.
+        """Optimizer groups, see `groups_by_kind`.
 
         A group with "constant": True keeps the peak of the rate.
         """
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
-        ]
+        return groups_by_kind(self, weight_decay)
+
+
+def groups_by_kind(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups of a module's trained parameters: kernels, and all others.
+
+    Kernels are the weights of linear layers, convolutions and attention.  The others get no weight
+    decay and no LARS adaptation: biases, norms, and what a transformer or fork has besides (class
+    tokens, position embeddings, layer scale, prototypes).  As in BYOL's code, which goes by the
+    names of its layers.
+    """
+    kernels = {
+        id(parameter)
+        for layer in module.modules()
+        if isinstance(layer, KERNELS)
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name.endswith("weight")
+    }
+    trained = [p for p in module.parameters() if p.requires_grad]
+    others = [p for p in trained if id(p) not in kernels]
+    return [
+        {"params": [p for p in trained if id(p) in kernels], "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0, "adapt": False},
+    ]
 
 
 class OnlineProbe(Method):
@@ -95,9 +115,9 @@ class OnlineProbe(Method):
         return loss + probe_loss, logs | {"probe_loss": probe_loss}
 
     def parameter_groups(self, weight_decay):
-        """The method's own groups, and the probe without weight decay."""
-        probe = {"params": list(self.probe.parameters()), "weight_decay": 0.0, "adapt": False}
-        return [*self.method.parameter_groups(weight_decay), probe]
+        """The method's own groups, and the probe's, which are as those of any other layer."""
+        groups = self.method.parameter_groups(weight_decay)
+        return [*groups, *groups_by_kind(self.probe, weight_decay)]
 
     def after_step(self, progress):
         return self.method.after_step(progress)

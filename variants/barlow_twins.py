@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 from train_byol import main
 from training.distributed import gather
@@ -15,8 +16,11 @@ from training.method import Method, option
 
 
 def cross_correlation(z1: Tensor, z2: Tensor) -> Tensor:
-    """Correlation (D, D) over the batch of each feature of view 1 with each of view 2 (eq. 2)."""
-    z1, z2 = ((z - z.mean(0)) / (z.std(0, correction=0) + 1e-5) for z in (z1, z2))
+    """Correlation (D, D) over the batch of each feature of view 1 with each of view 2 (eq. 2).
+
+    Normalised as in the authors' code, by a batch norm without scale and offset.
+    """
+    z1, z2 = (batch_norm(z, None, None, training=True) for z in (z1, z2))
     return z1.T @ z2 / len(z1)
 
 

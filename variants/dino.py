@@ -25,13 +25,13 @@ class Head(nn.Sequential):
 
     def __init__(self, d: int, h: int, scores: int) -> None:
         block = [m for n in (d, h) for m in (nn.Linear(n, h), nn.BatchNorm1d(h), nn.GELU())]
-        super().__init__(*block, nn.Linear(h, 256))
-        self.prototypes = nn.Parameter(torch.randn(scores, 256))
+        super().__init__(*block, nn.Linear(h, 256), nn.Linear(256, scores, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x).to(self.prototypes.dtype)
+        *block, prototypes = self
+        y = nn.Sequential(*block)(x).to(prototypes.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # half precisions are too coarse here
-            return normalize(y) @ normalize(self.prototypes).T
+            return normalize(y) @ normalize(prototypes.weight).T
 
 
 class DINO(Method):

@@ -5,9 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from byol.byol import BYOL
 from byol.networks import Encoder
+from training.method import Method, OnlineProbe
 from training.optimizers import LARS, build_optimizer
 
 RATES = [0.0, 0.3, 0.7, 0.2]
@@ -79,7 +81,7 @@ def byol() -> BYOL:
         return BYOL(Encoder("resnet18", "imagenet"), BYOL.Config())
 
 
-def test_groups_of_a_whole_byol_are_by_dimension():
+def test_groups_of_a_whole_byol_are_kernels_and_all_others():
     method = byol()
     decayed, exempt = method.parameter_groups(0.5)
     names = {id(p): n for n, p in method.named_parameters()}
@@ -97,6 +99,47 @@ def test_groups_of_a_whole_byol_are_by_dimension():
         assert {f"{head}.0.weight", f"{head}.3.weight"} <= decayed
         assert {f"{head}.0.bias", f"{head}.1.weight", f"{head}.1.bias"} <= exempt
     assert not any(name.startswith("target") for name in decayed | exempt)
+
+
+class Fork(Method):
+    """What networks other than ResNets have besides kernels, norms and biases."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 2, 2])), None)
+        self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+        self.embedding = nn.Embedding(5, 8)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.layer_scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.prototypes = nn.Parameter(torch.randn(6, 8))
+        self.head = nn.Linear(8, 2)
+        self.frozen = nn.Linear(8, 2).requires_grad_(False)
+
+
+def names_of(groups, method) -> list[set[str]]:
+    names = {id(p): n for n, p in method.named_parameters()}
+    return [{names[id(p)] for p in group["params"]} for group in groups]
+
+
+def test_what_is_no_kernel_gets_neither_decay_nor_adaptation():
+    method = Fork()
+    decayed, exempt = names_of(method.parameter_groups(0.5), method)
+    assert decayed == {"encoder.0.weight", "attention.in_proj_weight", "attention.out_proj.weight",
+                       "head.weight"}  # fmt: skip
+    assert {"class_token", "layer_scale", "prototypes", "embedding.weight", "attention.bias_k",
+            "encoder.1.weight", "head.bias"} <= exempt  # fmt: skip
+    trained = {n for n, p in method.named_parameters() if p.requires_grad}
+    assert decayed | exempt == trained
+
+
+def test_the_probes_kernel_is_as_any_other():
+    """As in the authors' code: weight decay and adaptation for its kernel, neither for its bias."""
+    method = OnlineProbe(byol(), 10)
+    groups = method.parameter_groups(0.5)
+    settings = {}
+    for group, names in zip(groups, names_of(groups, method), strict=True):
+        for name in names & {"probe.weight", "probe.bias"}:
+            settings[name] = group["weight_decay"], group.get("adapt", True)
+    assert settings == {"probe.weight": (0.5, True), "probe.bias": (0.0, False)}
 
 
 @pytest.mark.parametrize("name, kind", [("lars", LARS), ("sgd", torch.optim.SGD),
