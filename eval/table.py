@@ -170,7 +170,8 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
     lines += [""]
     if any(c["pretrain_seeds"] == 1 for c in claims):
         lines += [
-            "One pretraining seed: the intervals hold the variance over label draws alone.",
+            "One pretraining seed: the intervals hold the variance over label draws alone. Another "
+            "seed may give another answer; three tell (`--reproduce.seeds 3`).",
             "",
         ]
     if claims:
@@ -185,6 +186,7 @@ def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str])
         holds = "not shown"
         if interval and (interval[0] > 0 or interval[1] < 0):
             holds = "yes" if interval[0] > 0 else "no, the opposite"
+            holds += ", over these draws" * (c["pretrain_seeds"] == 1)
         cells = [f"{c['claim']} ({c['meaning']})", c["init"], f"{c['labels']:,}"]
         cells += [f"{c['difference']:+.2f}", text, f"{c['draws']} x {c['pretrain_seeds']}", holds]
         lines.append("| " + " | ".join(cells) + " |")

@@ -147,6 +147,22 @@ def test_markdown_has_a_line_a_row_and_the_claims_whatever_their_sign(tmp_path):
     assert "-0.90" in claims[1] and claims[1].endswith("| no, the opposite |")
 
 
+@pytest.mark.parametrize("seeds, holds", [(1, "yes, over these draws"), (3, "yes")])
+def test_one_pretraining_seed_says_nothing_of_others(tmp_path, seeds, holds):
+    cells = Cells(tmp_path / "cells.jsonl", write=False)
+    for draw in range(4):
+        for seed in range(seeds):
+            for name, top1 in (("byol-finetune", 70), ("baseline", 60)):
+                key = (name, "random", 100, draw, seed if name != "baseline" else 0)
+                top1 += (draw * len(name) + seed) / 9
+                cells.add(key, top1=top1, seconds=1.0, protocol="network",
+                          test_images=9)  # fmt: skip
+    text = markdown(cells.rows(), cells.claims("byol"), "x", [])
+    (claim,) = [line for line in text.splitlines() if line.startswith("| byol-finetune - base")]
+    assert claim.endswith(f"| {holds} |")
+    assert ("three tell" in text) is (seeds == 1)
+
+
 NASTY = [
     "a|b",
     "`",
