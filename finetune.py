@@ -8,7 +8,7 @@ from baseline.baseline import Finetune
 from baseline.runs import EXTRA, Job, train_all
 from byol.networks import EncoderConfig, build_encoder
 from data import datasets
-from train_baseline import HIDE, train
+from train_baseline import HIDE, SKIP, train
 from training.command import execute
 from training.config import OptimConfig, RunConfig
 from training.distributed import Processes
@@ -18,7 +18,13 @@ from training.weights import read_ckpt_config
 # As in recipes/stl10.toml: BYOL's fine-tuning (App. C.2), without its sweep.
 DEFAULTS = {
     "optim": dict(
-        optimizer="sgd", nesterov=True, lr=0.05, weight_decay=0.0, batch_size=100, steps=2500
+        optimizer="sgd",
+        nesterov=True,
+        lr=0.05,
+        weight_decay=0.0,
+        batch_size=100,
+        steps=2500,
+        warmup_epochs=0,
     )
 }
 
@@ -40,6 +46,7 @@ def configure(argv: list[str]):
         description=__doc__,
         extra=EXTRA,
         hide=(*HIDE, "init"),
+        skip=SKIP,
     )
     config.run.out = config.run.out or config.weights.beside(
         "finetune", config.data, config.folds, config.sweep

@@ -78,7 +78,9 @@ def configure(argv: list[str], method_class=train_byol.BYOL):
     sections = {"optim": OptimConfig, "finetune": finetune.Finetune.Config}
     config.optim = train_byol.configure(recipe, method_class).optim
     baseline = train_baseline.configure(recipe)
-    tuning = read_config(recipe, sections, own="finetune", defaults=finetune.DEFAULTS)
+    tuning = read_config(
+        recipe, sections, own="finetune", defaults=finetune.DEFAULTS, skip=train_baseline.SKIP
+    )
     budget = min(config.reproduce.budgets)
     for table, settings in {"baseline": baseline, "finetune": tuning}.items():
         if settings.optim.batch_size > budget:

@@ -27,9 +27,12 @@ from training.stopping import Watch
 from training.weights import initialise, save_encoder
 
 HIDE = ("pretrain_on", "knn_every", "online_probe")
+SKIP = ("optim",)  # a recipe's [optim] is pretraining's; labelled training has its own tables
 # As in recipes/stl10.toml: plain SGD, and steps instead of epochs, since labels are few.
 DEFAULTS = {
-    "optim": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "batch_size": 100, "steps": 5000}
+    "optim": dict(
+        optimizer="sgd", lr=0.1, weight_decay=5e-4, batch_size=100, steps=5000, warmup_epochs=0
+    )
 }
 
 
@@ -50,6 +53,7 @@ def configure(argv: list[str]):
         description=__doc__,
         extra=EXTRA,
         hide=HIDE,
+        skip=SKIP,
     )
     kind = "-sweep" * config.sweep + "-folds" * config.folds
     config.run.out = config.run.out or f"runs/baseline-{config.data.dataset}{kind}"

@@ -481,7 +481,7 @@ def test_N4_steps_that_fp16_skips_change_only_the_scale(sample, recipe, tmp_path
     assert not first["optimizer"]["state"]
     rows = metrics(out)
     assert ["tau" in row for row in rows[:2]] == [False, False] and "tau" in rows[-1]
-    assert [row["lr"] for row in rows] == [learning_rate(1e-3, k, 1, 10) for k in range(10)]
+    assert [row["lr"] for row in rows] == [learning_rate(1e-3, k, 5, 10) for k in range(10)]
 
 
 def test_N4_a_scaler_that_only_skips_ends_the_run(sample, recipe, tmp_path, capsys):

@@ -114,15 +114,23 @@ MUTATIONS = {
         "w, g = torch._foreach_norm(weights), torch._foreach_norm([p.grad for p in weights])",
         f"{LARS} -k formula"),
     "groups by name": (
-        "training/method.py",
-        "trained = [p for p in self.parameters() if p.requires_grad]",
-        "named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]\n"
-        "        flat = {id(p) for n, p in named if 'bn' in n or 'bias' in n}\n"
-        "        return [{'params': [p for _, p in named if id(p) not in flat],\n"
-        "                 'weight_decay': weight_decay},\n"
-        "                {'params': [p for _, p in named if id(p) in flat],\n"
-        "                 'weight_decay': 0.0, 'adapt': False}]\n"
-        "        trained = []", f"{LARS} -k whole_byol"),
+        "training/method.py", "others = [p for p in trained if id(p) not in kernels]",
+        "named = {id(p): n for n, p in module.named_parameters()}\n"
+        "    others = [p for p in trained if 'bn' in named[id(p)] or 'bias' in named[id(p)]]\n"
+        "    kernels = set(named) - {id(p) for p in others}", f"{LARS} -k whole_byol"),
+    "groups by dimension": (
+        "training/method.py", "others = [p for p in trained if id(p) not in kernels]",
+        "kernels = {id(p) for p in trained if p.ndim > 1}\n"
+        "    others = [p for p in trained if id(p) not in kernels]", f"{LARS} -k no_kernel"),
+    "a recipe's [optim] in labelled training": (
+        "train_baseline.py", 'SKIP = ("optim",)', "SKIP = ()",
+        "tests/training/test_config.py -k pretraining_alone"),
+    "warm-up cut to a tenth": (
+        "training/schedules.py", "total // 2)", "total // 10)", f"{PLAN} -k warmup"),
+    "Barlow Twins divides by std + 1e-5": (
+        "variants/barlow_twins.py", "(batch_norm(z, None, None, training=True) for",
+        "((z - z.mean(0)) / (z.std(0, correction=0) + 1e-5) for",
+        "tests/variants/test_losses.py -k authors"),
     # augmentation
     "one draw for the whole batch": (
         "data/views.py", "drawn[name] = rng.random(count) <",
@@ -239,8 +247,9 @@ MUTATIONS = {
     "floats for 16 bits": (
         "data/folder.py", 'image.mode == "F" or (image.mode == "I" and not known)', "False",
         "tests/data/test_pixels.py -k unknown"),
-    "yesterday's pack": (
-        "data/folder.py", 'if manifest["state"] == state and', "if", f"{LISTING} -k yesterdays"),
+    "images that have changed places": (
+        "data/folder.py", r'times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"', 'times = ""',
+        f"{LISTING} -k changed_places"),
     "photographs lost for odd EXIF": (
         "data/folder.py", "    except Exception:  # damaged", "    except KeyError:  # damaged",
         "tests/data/test_pixels.py -k noise"),

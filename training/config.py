@@ -57,7 +57,7 @@ class OptimConfig:
 
     optimizer: str = option("lars", "optimizer", choices=("lars", "sgd", "adamw"))
     lr: float = option(
-        0.45, "learning rate: per 256 images for lars and sgd, as it is for adamw", low=0
+        2.0, "learning rate: per 256 images for lars and sgd, as it is for adamw", low=0
     )
     weight_decay: float = option(1e-6, "weight decay; never on 1-D parameters", low=0)
     momentum: float = option(0.9, "momentum of lars and sgd", low=0, high=0.9999)
@@ -67,7 +67,7 @@ class OptimConfig:
     epochs: int = option(100, "epochs over the training images", low=1)
     steps: int = option(0, "optimizer steps instead of epochs (0: use --epochs)", low=0)
     max_steps: int = option(0, "upper bound of the steps; the schedules end there", low=0)
-    warmup_epochs: float = option(10, "linear warm-up, at most 10 %% of all steps", low=0)
+    warmup_epochs: float = option(10, "linear warm-up, at most half of all steps", low=0)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """K, the number of attempted steps that the schedules run over."""
@@ -186,9 +186,12 @@ def _near(name: str, known) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _layer(values: dict, sections: dict, tables: dict, own: str | None, source: str) -> None:
+def _layer(
+    values: dict, sections: dict, tables: dict, own: str | None, source: str, skip: tuple = ()
+) -> None:
     """Lay `tables` over `values`; the table `own` may set the fields of [optim] as well."""
-    for table in [t for t in tables if t in sections and t != own] + [own] * (own in tables):
+    shared = [t for t in tables if t in sections and t not in (own, *skip)]
+    for table in shared + [own] * (own in tables):
         if not isinstance(tables[table], dict):
             raise UserError(f"{source}: {table} must be a table, [{table}]")
         for key, value in tables[table].items():
@@ -260,6 +263,7 @@ def read_config(
     description: str = "",
     extra: tuple = (),
     hide: tuple = (),
+    skip: tuple = (),
 ) -> SimpleNamespace:
     """The settings of a script: one attribute for each section, and those of `extra` arguments.
 
@@ -270,6 +274,7 @@ def read_config(
                and those of a recipe that takes the place of --recipe
     extra      ((flags, keywords of add_argument), ...)
     hide       options that have no meaning for this script: no flags, but keys in recipes
+    skip       shared tables of recipes that are other scripts'
     Raises UserError for anything unknown or out of range.
     """
     values = {name: dataclasses.asdict(cls()) for name, cls in sections.items()}
@@ -282,14 +287,14 @@ def read_config(
     if inherit:  # the run's settings, and its recipe's where none is given
         shared, tables = inherit(SimpleNamespace(**given))
         if not given["recipe"]:
-            _layer(values, sections, tables, own, "the recipe of --ckpt")
+            _layer(values, sections, tables, own, "the recipe of --ckpt", skip)
         _layer(values, sections, shared, None, "the run of --ckpt")
     if given["recipe"]:
         tables = read_recipe(given["recipe"])
         for table in tables:
             if table not in (*sections, *KNOWN_TABLES) and not (VARIANTS / f"{table}.py").exists():
                 raise UserError(f"{source}: unknown table [{table}]" + _near(table, KNOWN_TABLES))
-        _layer(values, sections, tables, own, source)
+        _layer(values, sections, tables, own, source, skip)
     for key, value in flags.items():
         section, name = key.split(".")
         _put(values, sections, section, name, value, _flag(section, name))

@@ -132,6 +132,10 @@ class Session:
         text = f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
         text += f"{o.batch_size} images ({self.total / self.loader.steps_per_epoch:.3g} epochs), "
         text += f"{o.optimizer}, learning rate {self.peak:g}"
+        if self.warmup:
+            text += f" after a warm-up of {self.warmup:,} steps"
+        if self.warmup < round(o.warmup_epochs * self.loader.steps_per_epoch):
+            text += f", half of the run, instead of --warmup-epochs {o.warmup_epochs:g}"
         return text + (f"; going on from step {self.done:,}" if self.done else "")
 
     def steps(self) -> Iterator[Step]:

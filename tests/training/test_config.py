@@ -1,5 +1,6 @@
 """Where a value comes from, and what a mistake looks like."""
 
+import dataclasses
 import json
 import tomllib
 from dataclasses import dataclass
@@ -7,11 +8,17 @@ from pathlib import Path
 
 import pytest
 
+import finetune
 import linear_eval
 import train_baseline
 import train_byol
 from training.config import UserError, as_dict, differences, option, read_config, spell
+from variants.barlow_twins import BarlowTwins
+from variants.dino import DINO
+from variants.moco_v3 import MoCoV3
+from variants.simclr import SimCLR
 from variants.simsiam import SimSiam
+from variants.vicreg import VICReg
 
 ROOT = Path(train_byol.__file__).parent
 
@@ -23,7 +30,7 @@ def simsiam(tmp_path, recipe: str = "", *flags: str):
 
 
 def test_precedence_rises_from_default_to_flag(tmp_path):
-    assert train_byol.configure([]).optim.lr == 0.45
+    assert train_byol.configure([]).optim.lr == 2.0
     assert simsiam(tmp_path).optim.lr == 0.05
     shared, own = "[optim]\nlr = 0.1\n", "[simsiam]\nlr = 0.2\n"
     assert simsiam(tmp_path, shared).optim.lr == 0.1
@@ -150,7 +157,7 @@ def test_tables_of_others_are_ignored_from_any_folder(tmp_path, monkeypatch):
     path = tmp_path / "recipe.toml"
     path.write_text("[simsiam]\nno_such = 1\nlr = 9\n[linear]\nno_such = 1\n[baseline]\nlr = 8\n")
     monkeypatch.chdir(tmp_path)
-    assert train_byol.configure(["--recipe", str(path)]).optim.lr == 0.45
+    assert train_byol.configure(["--recipe", str(path)]).optim.lr == 2.0
     assert "simsiam" not in as_dict(train_byol.configure(["--recipe", str(path)]))
 
 
@@ -159,7 +166,7 @@ def test_each_script_reads_its_own_table(tmp_path):
     path.write_text("[optim]\nlr = 1\nepochs = 3\n[baseline]\nlr = 2\nflip_p = 0\n[byol]\nlr = 3\n")
     assert train_byol.configure(["--recipe", str(path)]).optim.lr == 3
     config = train_baseline.configure(["--recipe", str(path)])
-    assert (config.optim.lr, config.optim.epochs, config.method.flip_p) == (2, 3, 0)
+    assert (config.optim.lr, config.optim.epochs, config.method.flip_p) == (2, 100, 0)
 
 
 def test_integers_become_the_fields_type(tmp_path):
@@ -202,7 +209,7 @@ def test_differences_are_those_that_shape_the_run():
     flags = ["--lr", "0.2", "--byol.base-tau", "0.5", "--log-every", "7", "--out", "x",
              "--threads", "1", "--view2.blur-p", "0.5", "--seed", "3"]  # fmt: skip
     found = differences(train_byol.configure(flags), saved)
-    assert found == ["--view2.blur-p 0.1 -> 0.5", "--lr 0.45 -> 0.2", "--seed 0 -> 3",
+    assert found == ["--view2.blur-p 0.1 -> 0.5", "--lr 2.0 -> 0.2", "--seed 0 -> 3",
                      "--byol.base-tau 0.99 -> 0.5"]  # fmt: skip
     assert differences(train_byol.configure([]), saved) == []
 
@@ -218,11 +225,14 @@ def test_the_steps_of_a_run():
 
 
 @pytest.mark.parametrize("name, epochs, lr, weight_decay, base_tau", [
-    ("stl10", 100, 0.45, 1e-6, 0.99),
-    ("stl10_long", 1000, 0.2, 1.5e-6, 0.996),
+    ("imagenet", 100, 0.45, 1e-6, 0.99),
+    ("stl10", 100, 2.0, 1e-6, 0.99),
+    ("stl10_long", 1000, 2.0, 1.5e-6, 0.996),
 ])  # fmt: skip
 def test_a_recipe_has_the_papers_preset_for_its_length(name, epochs, lr, weight_decay, base_tau):
-    """The settings for 1000 epochs in a run of 100 are a known mistake."""
+    """The settings for 1000 epochs in a run of 100 are a known mistake, and so is the rate of
+    batch 4096 at a sixteenth of it.
+    """
     c = train_byol.configure(["--recipe", str(ROOT / "recipes" / f"{name}.toml")])
     assert (c.optim.optimizer, c.optim.epochs, c.optim.warmup_epochs) == ("lars", epochs, 10)
     assert (c.optim.lr, c.optim.weight_decay, c.byol.base_tau) == (lr, weight_decay, base_tau)
@@ -234,6 +244,51 @@ def test_stl10_recipe_is_the_bare_command(configure):
     with_recipe, bare = as_dict(configure(["--recipe", str(path)])), as_dict(configure([]))
     assert with_recipe.pop("recipe") and bare.pop("recipe") == {}
     assert with_recipe == bare
+
+
+LEAK = """
+[optim]
+optimizer = "lars"
+lr = 2.0
+weight_decay = 1e-6
+batch_size = 512
+steps = 20
+warmup_epochs = 10
+"""
+
+
+def test_a_recipes_optim_is_for_pretraining_alone(tmp_path, sample, recipe):
+    path = tmp_path / "leak.toml"
+    path.write_text(LEAK)
+    words = ["--recipe", str(path)]
+    assert train_byol.configure(words).optim.lr == 2.0
+    own = train_baseline.configure([]).optim
+    assert train_baseline.configure(words).optim == own
+    assert train_baseline.configure([*words, "--sweep"]).optim == own
+    assert (own.optimizer, own.lr, own.steps, own.warmup_epochs) == ("sgd", 0.1, 5000, 0)
+    path.write_text(LEAK + "[baseline]\nlr = 0.3\n[finetune]\nsteps = 7\n")
+    assert train_baseline.configure(words).optim == dataclasses.replace(own, lr=0.3)
+    assert train_baseline.configure([*words, "--lr", "0.4"]).optim.lr == 0.4
+    run = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--quiet"]
+    train_byol.main(argv=run)
+    tuned = finetune.configure(["--ckpt", str(tmp_path / "run"), *words]).optim
+    assert (tuned.optimizer, tuned.lr, tuned.steps) == ("sgd", 0.05, 7)
+    assert (tuned.nesterov, tuned.batch_size, tuned.warmup_epochs) == (True, 100, 0)
+    # the recipe that the run itself was trained by
+    inherited = finetune.configure(["--ckpt", str(tmp_path / "run")]).optim
+    assert (inherited.optimizer, inherited.weight_decay, inherited.steps) == ("sgd", 0.0, 5)
+
+
+def test_what_is_tuned_for_one_method_is_no_others_default():
+    """In each recipe: a method without a table has its own optimizer, rate and decay."""
+    for path in sorted((ROOT / "recipes").glob("*.toml")):
+        words, tables = ["--recipe", str(path)], tomllib.loads(path.read_text())
+        assert not {"optimizer", "lr", "weight_decay", "nesterov"} & tables["optim"].keys(), path
+        for method in (SimSiam, SimCLR, BarlowTwins, VICReg, MoCoV3, DINO):
+            if method.name not in tables:
+                optim = train_byol.configure(words, method).optim
+                for key, value in method.defaults["optim"].items():
+                    assert getattr(optim, key) == value, (path, method.name, key)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)

@@ -276,7 +276,7 @@ def test_R18_tau_and_rate_of_the_resumed_step(whole, recipe, tmp_path):
     train(recipe, out, "--resume", "--stop-after", "7", method=Dropped)
     row = metrics(out)[6]
     assert row["tau"] == pytest.approx(1 - 0.01 * (math.cos(math.pi * 0.6) + 1) / 2)
-    assert row["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 5 / 9)) / 2)
+    assert row["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 1 / 5)) / 2)
 
 
 def test_R16_override_goes_on_with_other_settings(sample, recipe, tmp_path, capsys):

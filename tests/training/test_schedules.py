@@ -32,9 +32,10 @@ def test_without_warmup_the_first_step_has_the_full_rate():
 
 @pytest.mark.parametrize(
     "epochs, steps_per_epoch, total, expected",
-    [(10, 25, 25000, 250), (10, 25, 1000, 100), (0.5, 10, 1000, 5), (10, 5, 9, 0), (0, 5, 99, 0)],
-)
-def test_warmup_is_ten_epochs_and_at_most_a_tenth(epochs, steps_per_epoch, total, expected):
+    [(10, 25, 25000, 250), (10, 312.775, 12511, 3128), (10, 25, 400, 200), (0.5, 10, 1000, 5),
+     (10, 5, 9, 4), (0, 5, 99, 0)],  # the second: the authors' preset of 40 epochs
+)  # fmt: skip
+def test_warmup_is_as_typed_and_at_most_half_of_the_run(epochs, steps_per_epoch, total, expected):
     assert warmup_steps(epochs, steps_per_epoch, total) == expected
 
 
