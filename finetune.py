@@ -4,16 +4,19 @@ python finetune.py --ckpt runs/byol-sample --labels 100
 python finetune.py --ckpt runs/byol-stl10 --sweep      # rate and epochs chosen as in the paper
 """
 
+from functools import partial
+
 from baseline.baseline import Finetune
-from baseline.runs import EXTRA, Job, train_all
-from byol.networks import EncoderConfig, build_encoder
+from core.options import RunConfig
 from data import datasets
+from eval.supervised import EXTRA, Job, train_all
+from eval.trained import folder_beside, from_config, prepare, read_ckpt_config
 from train_baseline import HIDE, SKIP, train
 from training.command import execute
-from training.config import OptimConfig, RunConfig
 from training.distributed import Processes
+from training.encoder import EncoderConfig
+from training.optimizers import OptimConfig
 from training.run_folder import say
-from training.weights import read_ckpt_config
 
 # As in recipes/stl10.toml: BYOL's fine-tuning (App. C.2), without its sweep.
 DEFAULTS = {
@@ -48,9 +51,9 @@ def configure(argv: list[str]):
         hide=(*HIDE, "init"),
         skip=SKIP,
     )
-    config.run.out = config.run.out or config.weights.beside(
-        "finetune", config.data, config.folds, config.sweep
-    )
+    kind = config.folds, config.sweep
+    beside = folder_beside(config.weights, "finetune", config.data, *kind)
+    config.run.out = config.run.out or beside
     return config
 
 
@@ -58,18 +61,13 @@ def run(config, processes: Processes) -> dict:
     """Fine-tune the encoder of --ckpt; returns what result.json holds."""
     say(processes, f"fine-tuning the encoder of {config.ckpt}")
 
-    def start(images):
-        encoder = build_encoder(config.encoder)
-        config.weights.load_into(encoder, config.encoder, f"--ckpt {config.ckpt}")
-        return encoder, *config.weights.normalisation(images)
-
     more = {"pretrain_seed": config.weights.meta.get("seed")}
-    return train_all(config, Job(Finetune, start, processes, more), train)
+    return train_all(config, Job(Finetune, partial(from_config, config), processes, more), train)
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run from the command line."""
-    return execute(configure, run, argv)
+    return execute(configure, run, prepare, argv)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,23 @@ from pathlib import Path
 
 import torch
 
-from byol.networks import EncoderConfig, build_encoder
+from core.errors import UserError
+from core.files import write_json
+from core.options import RunConfig, as_dict
 from data import datasets
+from data.labelled import FOLDS, Split, each_fold, evaluation
 from eval.augmented import AugmentedConfig, fit_augmented
 from eval.classifiers import LinearConfig, MLPConfig, fit
-from eval.features import Features, FrozenEncoder
+from eval.frozen import Features, FrozenEncoder
 from eval.knn import euclidean_knn_top1, knn_top1
 from eval.protocols import of_head, over_folds, record
+from eval.trained import folder_beside, from_config, prepare, read_ckpt_config
 from training.checkpoints import save_file
 from training.command import execute
-from training.config import RunConfig, UserError, as_dict
 from training.distributed import Processes
-from training.run_folder import RunFolder, say, write_json
-from training.weights import read_ckpt_config
+from training.encoder import EncoderConfig
+from training.run_folder import RunFolder, say
+from training.weights import portable
 
 HEAD = dict(
     choices=("linear", "mlp", "knn"),
@@ -53,59 +57,44 @@ def configure(argv: list[str]):
         "mlp": MLPConfig,
         "augmented": AugmentedConfig,
     }
-    extra = ((("--head",), HEAD), (("--protocol",), PROTOCOL), datasets.FOLDS)
+    extra = ((("--head",), HEAD), (("--protocol",), PROTOCOL), FOLDS)
     config = read_ckpt_config(argv, sections, description=__doc__, extra=extra, hide=HIDE)
     if config.protocol == "augmented" and config.head != "linear":
         raise UserError(f"--protocol augmented is for --head linear, not {config.head}")
     name = config.head if config.protocol == "features" else config.protocol
-    config.run.out = config.run.out or config.weights.beside(name, config.data, config.folds)
+    beside = folder_beside(config.weights, name, config.data, config.folds)
+    config.run.out = config.run.out or beside
     return config
 
 
 def run(config, processes: Processes) -> dict:
     """Fit the head on frozen features and measure it; returns what result.json holds."""
     out, started = Path(config.run.out), time.perf_counter()
-
-    # data
     data = datasets.load(config.data)
-    splits = [data.evaluation(d) for d in datasets.each_fold(config.data, config.folds)]
-
-    # model
-    e = config.encoder
-    encoder = build_encoder(e)
-    config.weights.load_into(encoder, e, f"--ckpt {config.ckpt}")
-    mean, std = config.weights.normalisation(splits[0].train.images)
-    sizes = datasets.evaluation_sizes(config.data, splits[0].train.images.shape)
-    frozen = FrozenEncoder(encoder, mean, std, sizes, processes)
+    splits = [evaluation(data, d) for d in each_fold(config.data, config.folds)]
+    encoder, transform = from_config(config, splits[0].train.images)
+    frozen = FrozenEncoder(encoder, transform, processes)
     name = of_head(config.head, config.linear.strength, config.protocol)
+    e = config.encoder
     say(
         processes,
         f"{name} on frozen {e.arch} (stem {e.stem}, width {e.width:g}) of "
         f"{config.ckpt}\n{config.data.dataset}: {len(splits[0].train):,} labelled images, "
         f"{len(splits[0].test):,} {config.data.evaluate_on} images",
     )
-
-    # features and classifier
     features = Features(frozen, data if config.folds else None)
     results = []
     for split in splits:
-        figures, classifier = evaluate(config, frozen, features, split)
-        own = f"{config.weights.meta.get('method', 'encoder')}-{config.head}"
-        results.append(record(name, own, config, split, **figures))
+        metrics, classifier = evaluate(config, frozen, features, split)
+        method = f"{config.weights.meta.get('method', 'encoder')}-{config.head}"
+        results.append(record(name, method, config, split, **metrics))
     result = over_folds(results) if config.folds else results[0]
     result["pretrain_seed"] = config.weights.meta.get("seed")
     result["seconds"] = round(time.perf_counter() - started, 1)
     with RunFolder(out, as_dict(config), processes, overwrite=config.run.overwrite):
         if processes.main:
             if classifier and not config.folds:
-                meta = config.weights.meta | dict(arch=e.arch, stem=e.stem, width=e.width)
-                meta |= dict(mean=mean, std=std, frame=list(sizes))
-                meta |= dict(stored=min(splits[0].train.images.shape))
-                state = {k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}
-                content = {"encoder": state, "meta": meta}
-                content |= {"head": classifier.head.state_dict(), "classes": data.class_names}
-                content |= {"feature_mean": classifier.mean, "feature_std": classifier.std}
-                save_file(out / "classifier.pt", content)
+                save_classifier(out / "classifier.pt", config, frozen, classifier, data.class_names)
             write_json(out / "result.json", result)
     spread = f" ± {result['top1_std']:.2f} over {len(splits)} folds" if config.folds else ""
     chosen = f", {result['chosen']}" if result.get("chosen") else ""
@@ -119,8 +108,23 @@ def run(config, processes: Processes) -> dict:
     return result
 
 
-def evaluate(config, frozen: FrozenEncoder, features: Features, split):
-    """(figures, classifier) of one split; nearest neighbours have no classifier."""
+def save_classifier(path: Path, config, frozen: FrozenEncoder, classifier, classes) -> None:
+    """Write the encoder, the head on it and the names of the classes, for `eval.predict`."""
+    e = config.encoder
+    meta = config.weights.meta | dict(arch=e.arch, stem=e.stem, width=e.width)
+    content = {
+        "encoder": portable(frozen.encoder),
+        "meta": meta | frozen.transform.meta(),
+        "head": classifier.head.state_dict(),
+        "classes": classes,
+        "feature_mean": classifier.mean,
+        "feature_std": classifier.std,
+    }
+    save_file(path, content)
+
+
+def evaluate(config, frozen: FrozenEncoder, features: Features, split: Split):
+    """(metrics, classifier) of one split; nearest neighbours have no classifier."""
     classes = len(split.train.class_names)
     test, truth = features(split.test), torch.from_numpy(split.test.labels)
     if config.head == "knn":
@@ -143,7 +147,7 @@ def evaluate(config, frozen: FrozenEncoder, features: Features, split):
 
 def main(argv: list[str] | None = None) -> dict:
     """Run from the command line."""
-    return execute(configure, run, argv)
+    return execute(configure, run, prepare, argv)
 
 
 if __name__ == "__main__":

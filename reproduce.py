@@ -21,26 +21,24 @@ import torch
 import finetune
 import train_baseline
 import train_byol
-from byol.networks import EncoderConfig, build_encoder
+from core.errors import UserError
+from core.files import read_json, write_json
+from core.options import RunConfig, option, read_config, spell
 from data import datasets
+from data.labelled import evaluation
+from data.transform import EvalTransform
 from eval.classifiers import LinearConfig, MLPConfig, fit
-from eval.features import Features, FrozenEncoder, pixels
+from eval.frozen import Features, FrozenEncoder, pixels
 from eval.knn import knn_top1
 from eval.protocols import of_head
 from eval.table import Cells, markdown
+from eval.trained import load
 from training import distributed
 from training.command import execute
-from training.config import (
-    OptimConfig,
-    RunConfig,
-    UserError,
-    option,
-    read_config,
-    spell,
-)
-from training.run_folder import git_commit, read_json, read_metrics, say, write_json
-from training.stopping import STOPPED
-from training.weights import fetch, initialise, read_weights
+from training.encoder import EncoderConfig
+from training.optimizers import OptimConfig
+from training.run_folder import git_commit, read_metrics, say
+from training.weights import fetch, initialise
 
 HIDE = tuple("labels draw fold init resume overwrite stop_after online_probe seed".split())
 SHARED = ("data", "encoder", "run")  # sections whose flags go on to the scripts
@@ -113,7 +111,6 @@ class Table:
         if not processes.main:
             self.cells = Cells(self.out / "cells.jsonl", False)
         distributed.barrier()
-        self.sizes = datasets.evaluation_sizes(config.data, self.data.train.shape)
         r = config.reproduce
         self.draws = range(r.first_draw, r.first_draw + r.draws)
         self.trained = range(r.first_draw, r.first_draw + r.trained_draws)
@@ -127,7 +124,8 @@ class Table:
 
     def split(self, labels: int, draw: int):
         """The labelled images of one draw and what is measured on."""
-        return self.data.evaluation(dataclasses.replace(self.config.data, labels=labels, draw=draw))
+        settings = dataclasses.replace(self.config.data, labels=labels, draw=draw)
+        return evaluation(self.data, settings)
 
     def missing(self, name: str, init: str, seed: int, draws) -> list[tuple]:
         """Keys of the cells of one row that are not there yet."""
@@ -205,23 +203,24 @@ def control_rows(table: Table, inits: list[str]) -> None:
 def frozen(table: Table, build):
     """A function of images to the features of an encoder, which is built when it is first called.
 
-    build   gives the encoder, mean and std
+    build   gives the encoder and its EvalTransform
     """
-    encoder = functools.cache(lambda: FrozenEncoder(*build(), table.sizes, table.processes))
+    encoder = functools.cache(lambda: FrozenEncoder(*build(), table.processes))
     return lambda images: encoder()(images)
 
 
 def starting_point(table: Table, init: str, seed: int):
-    """(encoder, mean, std) as pretraining would start with them.
+    """(encoder, its EvalTransform) as pretraining would start with them.
 
     A random encoder's batch norms keep running statistics of 0 and 1: with those of real images
     the control is much weaker (31 instead of 55 % on the sample).
     """
     torch.manual_seed(seed)
-    e = dataclasses.replace(table.config.encoder, init=init)
-    encoder = build_encoder(e)
-    images, _ = table.data.pretraining(table.config.data.pretrain_on)
-    return encoder, *initialise(encoder, e, *images.statistics())
+    data = table.config.data
+    images, _ = table.data.pretraining(data.pretrain_on)
+    config = dataclasses.replace(table.config.encoder, init=init)
+    encoder, mean, std = initialise(config, images)
+    return encoder, EvalTransform.of(data, images.shape, mean, std)
 
 
 def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: list[str]) -> None:
@@ -239,8 +238,6 @@ def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: l
             ]
         )
         result = script.run(config, table.quiet)
-        if "stopped" in result:
-            raise SystemExit(STOPPED)
         seconds = time.perf_counter() - begun
         table.add(key, result["top1"], seconds, result["protocol"], result["test_images"])
 
@@ -265,12 +262,11 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
             settings = train_byol.configure(
                 [*table.command(folder), "--init", init, "--seed", str(seed)], method_class
             )
-            if "stopped" in train_byol.run(settings, processes, method_class):
-                return {"stopped": True}
+            train_byol.run(settings, processes, method_class)
             run_folder = table.out / folder
             folders.append(run_folder)
             rows = {f"{m}-knn": "knn", f"{m}-linear": "linear", f"{m}-mlp": "mlp"}
-            features = frozen(table, lambda folder=run_folder: pretrained(table, folder))
+            features = frozen(table, functools.partial(load, run_folder))
             frozen_rows(table, rows, init, seed, features)
             trained_rows(table, f"{m}-finetune", init, seed, finetune, ["--ckpt", str(run_folder)])
     rows, claims = table.cells.rows(), table.cells.claims(m)
@@ -279,15 +275,6 @@ def run(config, processes, method_class=train_byol.BYOL) -> dict:
         report(table, rows, claims, folders)
     say(processes, f"{table.out}/results.md, .json and .png written; {total / 60:.1f} minutes")
     return {"rows": rows, "claims": claims}
-
-
-def pretrained(table: Table, folder: Path):
-    """(encoder, mean, std) of a run folder."""
-    weights = read_weights(folder)
-    e = table.config.encoder
-    encoder = build_encoder(e)
-    weights.load_into(encoder, e, str(folder))
-    return encoder, weights.meta["mean"], weights.meta["std"]
 
 
 def report(table: Table, rows, claims, folders: list[Path]) -> None:
@@ -332,8 +319,8 @@ def main(method_class=train_byol.BYOL, argv: list[str] | None = None) -> dict:
     return execute(
         lambda args: configure(args, method_class),
         lambda config, processes: run(config, processes, method_class),
-        argv,
         prepare,
+        argv,
     )
 
 

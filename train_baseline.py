@@ -10,21 +10,23 @@ from pathlib import Path
 import torch
 
 from baseline.baseline import Baseline
-from baseline.runs import EXTRA, Job, train_all
-from byol.networks import EncoderConfig, build_encoder, parameter_count
+from core.options import RunConfig, read_config
 from data import datasets
+from data.labelled import Split
 from data.loader import Loader
+from data.transform import EvalTransform
 from eval.classifiers import accuracy
 from eval.features import extract
 from eval.protocols import record
-from training.checkpoints import save_file
-from training.command import execute, prepare_start
-from training.config import OptimConfig, RunConfig, read_config
-from training.distributed import Processes, barrier
-from training.run_folder import finished, say, write_json
+from eval.supervised import EXTRA, Job, train_all
+from training.command import execute
+from training.distributed import Processes
+from training.encoder import EncoderConfig
+from training.optimizers import OptimConfig
+from training.run_folder import finished, say
 from training.session import Session
 from training.stopping import Watch
-from training.weights import initialise, save_encoder
+from training.weights import fetch, initialise
 
 HIDE = ("pretrain_on", "knn_every", "online_probe")
 SKIP = ("optim",)  # a recipe's [optim] is pretraining's; labelled training has its own tables
@@ -65,13 +67,13 @@ def run(config, processes: Processes) -> dict:
 
     def start(images):
         torch.manual_seed(config.run.seed)
-        encoder = build_encoder(config.encoder)
-        return encoder, *initialise(encoder, config.encoder, *images.statistics())
+        encoder, mean, std = initialise(config.encoder, images)
+        return encoder, EvalTransform.of(config.data, images.shape, mean, std)
 
     return train_all(config, Job(Baseline, start, processes), train)
 
 
-def train(config, job: Job, split: datasets.Split, watch: Watch, trials: list = ()) -> dict:
+def train(config, job: Job, split: Split, watch: Watch, trials: list = ()) -> dict:
     """Encoder and head on the training images of `split`, measured on its test images.
 
     The one loop of the baseline and of fine-tuning.  trials: what a sweep before it tried.
@@ -79,51 +81,25 @@ def train(config, job: Job, split: datasets.Split, watch: Watch, trials: list = 
     out, processes = Path(config.run.out), job.processes
     if not trials and (result := finished(out, config)):
         return result
-    encoder, mean, std = job.start(split.train.images)
-    sizes = datasets.evaluation_sizes(config.data, split.test.images.shape)
-
-    # model, loader and optimizer
-    e = config.encoder
-    method = job.method_class(encoder, config.method, len(split.train.class_names))
-    images, labels = split.train.images, split.train.labels
-    loader = Loader.of(config, images, labels, method.views, (mean, std), processes)
-    session = Session(config, method, loader, processes)
-    say(
-        processes,
-        f"{method.name} on {config.data.dataset}: {len(split.train):,} labelled images, "
-        f"{len(split.test):,} {config.data.evaluate_on} images; {e.arch}, stem {e.stem}, width "
-        f"{e.width:g}, init {e.init}: {parameter_count(method):,} parameters\n"
-        f"{session.describe()}",
-    )
-
-    # loop
-    with session.folder as folder:
+    images, labels, classes = split.train.images, split.train.labels, split.train.class_names
+    encoder, transform = job.start(images)
+    method = job.method_class(encoder, config.method, len(classes))
+    loader = Loader.of(config, images, labels, method.views, transform, processes)
+    with Session(config, method, loader, transform, processes, watch) as session:
+        say(
+            processes,
+            f"{method.name} on {config.data.dataset}: {len(split.train):,} labelled images, "
+            f"{len(split.test):,} {config.data.evaluate_on} images; {session.describe()}",
+        )
         for step in session.steps():
-            folder.log(step, config.run.log_every)
-            session.save_if_due(step, watch)
-            if watch.stop:
-                break
-        if not session.finished:
-            say(processes, f"stopped after step {session.done:,}; go on with --resume")
-            return {"stopped": watch.stop}
-
-        # result
-        features = extract(method.encoder, split.test.images, mean, std, sizes, processes)
+            session.log(step)
+            session.save_if_due(step)
+        features = extract(method.encoder, split.test.images, transform, processes)
         top1 = accuracy(method.head.cpu()(features), split.test.labels)
-        o = config.optim
-        more = {"init": e.init, "optimizer": o.optimizer, "lr": o.lr, "steps": session.total}
-        more |= job.more
-        more |= {"seconds": round(session.seconds, 1)}
-        more |= {"trials": trials} if trials else {}
-        protocol = "network-sweep" if trials else "network"
-        result = record(protocol, method.name, config, split, top1, **more)
-        if processes.main:
-            save_encoder(out / "encoder.pt", method.encoder, session.meta)
-            classifier = {"encoder": method.encoder.state_dict(), "head": method.head.state_dict()}
-            classifier |= {"meta": session.meta, "classes": split.train.class_names}
-            save_file(out / "classifier.pt", classifier)
-            write_json(out / "result.json", result)
-        barrier()  # what the main process wrote is there for all
+        result = result_of(config, job, split, session, top1, trials)
+        classifier = {"encoder": method.encoder.state_dict(), "head": method.head.state_dict()}
+        classifier |= {"meta": session.meta, "classes": classes}
+        session.finish(result, classifier=classifier)
     say(
         processes,
         f"{out}: top-1 {top1:.2f} % on {len(split.test):,} {config.data.evaluate_on} images with "
@@ -133,9 +109,25 @@ def train(config, job: Job, split: datasets.Split, watch: Watch, trials: list = 
     return result
 
 
+def result_of(config, job: Job, split: Split, session: Session, top1: float, trials: list) -> dict:
+    """What result.json holds."""
+    o = config.optim
+    more = {"init": config.encoder.init, "optimizer": o.optimizer, "lr": o.lr}
+    more |= {"steps": session.total, **job.more, "seconds": round(session.seconds, 1)}
+    more |= {"trials": trials} if trials else {}
+    protocol = "network-sweep" if trials else "network"
+    return record(protocol, session.method.name, config, split, top1, **more)
+
+
+def prepare(config) -> None:
+    """Fetch the data set, and the published weights that --init names."""
+    datasets.prepare(config.data)
+    fetch(config.encoder)
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run from the command line."""
-    return execute(configure, run, argv, prepare_start)
+    return execute(configure, run, prepare, argv)
 
 
 if __name__ == "__main__":

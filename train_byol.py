@@ -14,19 +14,21 @@ from pathlib import Path
 import torch
 
 from byol.byol import BYOL
-from byol.networks import EncoderConfig, build_encoder, parameter_count
+from core.errors import UserError
+from core.options import RunConfig, read_config
 from data import datasets
 from data.loader import Loader
+from data.transform import EvalTransform
 from data.views import View2Config, ViewConfig
-from eval.held_out import HeldOut, hold_out_labels
-from training.command import execute, prepare_start
-from training.config import OptimConfig, RunConfig, UserError, read_config
-from training.distributed import Processes, barrier
-from training.method import OnlineProbe
-from training.run_folder import finished, read_metrics, say, warn, write_json
+from eval.online import OnlineEval, OnlineProbe, hold_out_labels
+from training.command import execute
+from training.distributed import Processes
+from training.encoder import EncoderConfig
+from training.optimizers import OptimConfig
+from training.run_folder import finished, say, warn
 from training.session import Session
 from training.stopping import Watch
-from training.weights import initialise, save_encoder
+from training.weights import fetch, initialise
 
 
 def configure(argv: list[str], method_class=BYOL):
@@ -66,13 +68,11 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     # data
     data = datasets.load(config.data)
     images, labels = data.pretraining(config.data.pretrain_on)
-    sizes = datasets.evaluation_sizes(config.data, images.shape)
 
     # model
     torch.manual_seed(config.run.seed)
-    e = config.encoder
-    encoder = build_encoder(e)
-    mean, std = initialise(encoder, e, *images.statistics())
+    encoder, mean, std = initialise(config.encoder, images)
+    transform = EvalTransform.of(config.data, images.shape, mean, std)
     method = method_class(encoder, config.method)
     if config.run.online_probe:
         if labels is None or labels.max() < 1:
@@ -80,67 +80,66 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
         labels = hold_out_labels(labels, data.train_labels)
         method = OnlineProbe(method, len(data.class_names))
 
-    # loader and optimizer
     labels = labels if method.uses_labels else None
     views = method.views or (config.view1, config.view2)
-    loader = Loader.of(config, images, labels, views, (mean, std), processes)
-    session = Session(config, method, loader, processes)
-    height, width = images.shape
-    say(
-        processes,
-        f"{method.name} on {config.data.dataset}: {len(images):,} images of {height}x{width}, "
-        f"views of {config.data.crop_size}; {e.arch}, stem {e.stem}, width {e.width:g}, "
-        f"init {e.init}: {parameter_count(method):,} parameters\n{session.describe()}",
-    )
-
-    # loop
-    before = [row for row in read_metrics(out / "metrics.jsonl") if row["step"] < session.done]
-    held_out = HeldOut(data.train, data.train_labels, config.run.knn_every, loader, sizes, before)
-    figures = {}
-    with session.folder as folder, Watch(processes, config.run.check_every) as watch:
-        for step in session.steps():
-            now = {}
-            if held_out.due(step):
-                session.share_buffers()
-                told = held_out.alarms(session.total)
-                now = figures = held_out.figures(method, processes, step.index)
-                folder.pause_clock(held_out.seconds)
-                for text in held_out.alarms(session.total)[len(told) :]:
-                    warn(processes, f"step {step.index + 1}: {text}; see docs/evaluation.md")
-            folder.log(step, config.run.log_every, **now)
-            session.save_if_due(step, watch)
-            if watch.stop:
-                break
-        if not session.finished:
-            say(processes, f"stopped after step {session.done:,}; go on with --resume")
-            return {"stopped": watch.stop}
-
-        # result
-        if not figures and held_out.every:  # resumed after the last step
-            figures = held_out.figures(method, processes, session.total - 1)
-        result = {
-            "name": method.name,
-            "dataset": config.data.dataset,
-            "steps": session.total,
-            **figures,
-            "warnings": held_out.alarms(session.total),
-            "seconds": round(session.seconds, 1),
-        }
-        if processes.main:
-            save_encoder(out / "encoder.pt", method.encoder, session.meta)
-            write_json(out / "result.json", result)
-        if held_out.every:
-            features, known, thumbnails = held_out.embedding(method, processes)
+    loader = Loader.of(config, images, labels, views, transform, processes)
+    with (
+        Watch(processes, config.run.check_every) as watch,
+        Session(config, method, loader, transform, processes, watch) as session,
+    ):
+        height, width = images.shape
+        say(
+            processes,
+            f"{method.name} on {config.data.dataset}: {len(images):,} images of {height}x{width}, "
+            f"views of {config.data.crop_size}; {session.describe()}",
+        )
+        every, history = config.run.knn_every, session.history()
+        online = OnlineEval(data, loader, transform, processes, every, session.total, history)
+        result = train(session, online, processes)
+        result = {"name": method.name, "dataset": config.data.dataset, **result}
+        session.finish(result)
+        if every:
+            features, known, thumbnails = online.embedding(method)
             names = [data.class_names[i] for i in known]
-            folder.embed(session.total - 1, features, names, thumbnails)
-        barrier()  # what the main process wrote is there for all
-    words = {"knn_top1": "k-NN", "online_probe_top1": "online probe"}
-    shown = "".join(
-        f"{words[k]} {figures[k]:.2f} % on held-out train images, " for k in words if k in figures
-    )
+            session.folder.embed(session.total - 1, features, names, thumbnails)
+    report(result, out, processes)
+    return result
+
+
+def train(session: Session, online: OnlineEval, processes: Processes) -> dict:
+    """The loop; returns the steps, the last metrics, warnings and seconds."""
+    metrics = {}
+    for step in session.steps():  # forward, backward, optimizer, moving average: training/loop.py
+        now = {}
+        if online.due(step):
+            session.share_buffers()
+            now, warnings = online.measure(session.method, step.index)
+            metrics = now
+            session.folder.pause_clock(online.seconds)
+            for text in warnings:
+                warn(processes, f"step {step.index + 1}: {text}; see docs/evaluation.md")
+        session.log(step, **now)
+        session.save_if_due(step)
+    if online.every and not metrics:  # resumed after the last step
+        metrics, _ = online.measure(session.method, session.total - 1)
+    seconds = round(session.seconds, 1)
+    return {"steps": session.total, **metrics, "warnings": online.warnings, "seconds": seconds}
+
+
+def report(result: dict, out: Path, processes: Processes) -> None:
+    """Print what came out, and the next command."""
+    shown = ""
+    for metric, words in {"knn_top1": "k-NN", "online_probe_top1": "online probe"}.items():
+        if metric in result:
+            shown += f"{words} {result[metric]:.2f} % on held-out train images, "
     say(processes, f"{out}/encoder.pt: {shown}{result['seconds']:.0f} s")
     say(processes, f"next: python linear_eval.py --ckpt {shlex.quote(str(out))}")
-    return result
+
+
+def prepare(config) -> None:
+    """Fetch the data set, and the published weights that --init names."""
+    datasets.prepare(config.data)
+    fetch(config.encoder)
 
 
 def main(method_class=BYOL, argv: list[str] | None = None) -> dict:
@@ -148,8 +147,8 @@ def main(method_class=BYOL, argv: list[str] | None = None) -> dict:
     return execute(
         lambda args: configure(args, method_class),
         lambda config, processes: run(config, processes, method_class),
+        prepare,
         argv,
-        prepare_start,
     )
 
 

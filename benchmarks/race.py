@@ -37,8 +37,8 @@ import train_byol
 from benchmarks.peers import Lightly, Pictures
 from benchmarks.timing import machine
 from byol.byol import target_decay
-from byol.networks import build_encoder
 from data import datasets
+from training.encoder import build_encoder
 from training.method import Method
 from training.weights import save_encoder
 

@@ -21,11 +21,12 @@ import linear_eval
 import train_byol
 from benchmarks import timing
 from byol.byol import BYOL
-from byol.networks import Encoder
 from data import stl10
 from data.images import Images
 from data.loader import Loader
+from data.transform import EvalTransform
 from training.distributed import start
+from training.encoder import Encoder
 from training.session import Session
 from training.stopping import Watch
 from training.weights import save_encoder
@@ -69,9 +70,11 @@ class Training:
         method = BYOL(encoder, config.method)
         data = Images([photographs(images, side)])
         views = (config.view1, config.view2)
-        loader = Loader.of(config, data, None, views, (MEAN, STD), processes)
-        self.session = session = Session(config, method, loader, processes)
-        self.watch, self.iterator = Watch(processes, r.check_every), session.steps()
+        transform = EvalTransform(MEAN, STD, stored=side)
+        loader = Loader.of(config, data, None, views, transform, processes)
+        watch = Watch(processes, r.check_every)
+        self.session = Session(config, method, loader, transform, processes, watch)
+        self.iterator = self.session.steps()
         self.config, self.loader = config, loader
 
     @functools.cached_property
@@ -83,8 +86,8 @@ class Training:
         """Steps of the loop of train_byol.py."""
         for _ in range(self.steps):
             step = next(self.iterator)
-            self.session.folder.log(step, self.config.run.log_every)
-            self.session.save_if_due(step, self.watch)
+            self.session.log(step)
+            self.session.save_if_due(step)
         synchronise()
         return self.steps * self.batch
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from byol.networks import mlp
-from training.method import Method, option
+from core.options import option
+from training.method import Method
 
 
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -24,6 +24,25 @@ def normalize(x: Tensor) -> Tensor:
 def target_decay(base_tau: float, progress: float) -> float:
     """tau_k = 1 - (1 - base_tau)(cos(pi k/K) + 1)/2, from base_tau towards 1 (Sec. 3.3)."""
     return 1 - (1 - base_tau) * (math.cos(math.pi * progress) + 1) / 2
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Linear - BatchNorm - ReLU - Linear without bias: projector and predictor (Sec. 3.3).
+
+    The output is not normalised.  Weights start as in the authors' code (haiku's default): normal
+    with scale 1/sqrt(fan_in), cut at two of them, which leaves 0.88 of it as standard deviation.
+    """
+    layers = nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.BatchNorm1d(hidden, eps=1e-5, momentum=0.1),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, outputs, bias=False),
+    )
+    for layer in (layers[0], layers[3]):
+        scale = layer.in_features**-0.5
+        nn.init.trunc_normal_(layer.weight, std=scale, a=-2 * scale, b=2 * scale)
+    nn.init.zeros_(layers[0].bias)
+    return layers
 
 
 class BYOL(Method):
@@ -53,19 +72,12 @@ class BYOL(Method):
 
     def forward(self, view1: Tensor, view2: Tensor) -> dict[str, Tensor]:
         """Online and target network on each view by itself: batch statistics are per view."""
-        views = (view1, view2)
         with torch.no_grad():  # the target learns by moving average only
             # first: its activations are gone when the online network's begin to pile up
-            target_representation = [self.target_encoder(view) for view in views]
-            target = [self.target_projector(y) for y in target_representation]
-        representation = [self.encoder(view) for view in views]
-        projection = [self.projector(y) for y in representation]
-        prediction = [self.predictor(z) for z in projection]
-        return {
-            "representation": torch.stack(representation),
-            "projection": torch.stack(projection),
-            "prediction": torch.stack(prediction),
-            "target_representation": torch.stack(target_representation),
+            representation = [self.target_encoder(view) for view in (view1, view2)]
+            target = [self.target_projector(y) for y in representation]
+        return super().forward(view1, view2) | {
+            "target_representation": torch.stack(representation),
             "target": torch.stack(target),
         }
 

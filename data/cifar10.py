@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.datasets import DataConfig, Dataset, pack_folders, writable
+from core.errors import UserError
+from core.files import locked
+from data.datasets import DataConfig, Dataset
 from data.images import Images
-from training.config import UserError
-from training.locks import locked
+from data.packs import pack_folders, writable
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer",
            "dog", "frog", "horse", "ship", "truck"]  # fmt: skip

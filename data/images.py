@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.distributed import SINGLE, fits_on, to_device
+from core.device import CPU, fits_on, to_device
 
 
 class Images:
@@ -34,7 +34,7 @@ class Images:
         """Whether they are stored with one channel."""
         return self.parts[0].shape[1] == 1
 
-    def gather(self, indices: np.ndarray, device: torch.device = SINGLE.device) -> Tensor:
+    def gather(self, indices: np.ndarray, device: torch.device = CPU) -> Tensor:
         """The images at `indices` on `device`: (B, 3, H, W) uint8; grey ones thrice their channel.
 
         They travel as they are stored: a grey image has one channel on its way.

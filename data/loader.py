@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.datasets import warn_enlarged
+from core.device import CPU, to_device
+from core.errors import UserError
 from data.images import Images
+from data.transform import EvalTransform, warn_enlarged
 from data.views import ViewConfig, apply, draw, normalise
-from training.config import UserError
-from training.distributed import SINGLE, Processes, to_device
 
 ORDER, VIEWS = 1, 2  # streams of random numbers
 
@@ -34,6 +34,7 @@ class Loader:
     views            one ViewConfig for each view; crop_size where they name no size
     batch_size       GLOBAL, cut into `accumulate` micro-batches, each shared by the processes
     mean, std        three floats each
+    rank             of this process among `world_size`; its views are made on `device`
     """
 
     images: Images
@@ -45,34 +46,40 @@ class Loader:
     std: list[float]
     seed: int = 0
     accumulate: int = 1
-    processes: Processes = SINGLE
+    device: torch.device = CPU
+    rank: int = 0
+    world_size: int = 1
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, config, images, labels, views, normalisation, processes) -> "Loader":
-        """As the sections data, optim and run say; `normalisation` is (mean, std)."""
-        o, size = config.optim, config.data.crop_size
+    def of(cls, config, images, labels, views, transform: EvalTransform, processes) -> "Loader":
+        """As the sections data, optim and run say, normalized as for evaluation.
+
+        processes   with device, rank and world_size of this one
+        """
+        o, p, size = config.optim, processes, config.data.crop_size
         warn_enlarged(max(view.size or size for view in views), min(images.shape))
-        images = images.resident(processes.device, config.run.data_on_device)
-        settings = images, labels, views, size, o.batch_size, *normalisation
-        return cls(*settings, config.run.seed, o.accumulate, processes)
+        images = images.resident(p.device, config.run.data_on_device)
+        settings = images, labels, views, size, o.batch_size, transform.mean, transform.std
+        ours = config.run.seed, o.accumulate, p.device, p.rank, p.world_size
+        return cls(*settings, *ours)
 
     def __post_init__(self) -> None:
-        parts = self.accumulate * self.processes.world_size
+        parts = self.accumulate * self.world_size
         if self.batch_size > len(self.images):
             raise UserError(
                 f"--batch-size {self.batch_size}: there are only {len(self.images)} training images"
             )
         if self.batch_size % parts or self.batch_size // parts < 2:
             raise UserError(
-                f"--batch-size {self.batch_size}: each of {self.processes.world_size} processes x "
+                f"--batch-size {self.batch_size}: each of {self.world_size} processes x "
                 f"{self.accumulate} micro-batches needs the same number of images, at least 2"
             )
         for number, view in enumerate(self.views, 1):
             view.check(f"view{number}")
         self.steps_per_epoch = len(self.images) // self.batch_size
         self._order = (-1, None)
-        as_tensor = dict(dtype=self.dtype, device=self.processes.device)
+        as_tensor = dict(dtype=self.dtype, device=self.device)
         self._mean, self._std = (torch.tensor(v, **as_tensor) for v in (self.mean, self.std))
 
     def indices(self, step: int) -> np.ndarray:
@@ -89,10 +96,10 @@ class Loader:
         height, width = self.images.shape
         drawn = [draw(view, self.batch_size, height, width, rng) for view in self.views]
         micro = self.batch_size // self.accumulate
-        share = micro // self.processes.world_size
-        for first in range(self.processes.rank * share, self.batch_size, micro):
+        share = micro // self.world_size
+        for first in range(self.rank * share, self.batch_size, micro):
             mine = slice(first, first + share)
-            pixels = self.images.gather(indices[mine], self.processes.device)
+            pixels = self.images.gather(indices[mine], self.device)
             parameters = [{k: v[mine] for k, v in d.items()} for d in drawn]
             yield self.make_views(pixels, parameters), self._labels(indices[mine])
 
@@ -100,7 +107,7 @@ class Loader:
         """The first step's views of `count` images: a row a view, (3, rows, columns) in 0..1."""
         rng = generator(self.seed, VIEWS, 0)
         drawn = [draw(view, self.batch_size, *self.images.shape, rng) for view in self.views]
-        pixels = self.images.gather(self.indices(0)[:count], self.processes.device)
+        pixels = self.images.gather(self.indices(0)[:count], self.device)
         views = self.make_views(pixels, [{k: v[:count] for k, v in d.items()} for d in drawn])
         side, rows = max(view.shape[2] for view in views), []
         for view in views:
@@ -124,4 +131,4 @@ class Loader:
     def _labels(self, indices: np.ndarray) -> Tensor | None:
         if self.labels is None:
             return None
-        return to_device(self.labels[indices], self.processes.device)
+        return to_device(self.labels[indices], self.device)

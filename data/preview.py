@@ -5,19 +5,21 @@ python -m data.preview --recipe recipes/sample.toml
 Written to preview.png or --out; a file that exists is not replaced.
 """
 
+import sys
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from core.errors import UserError, one_line_errors
+from core.files import new_file
+from core.options import RunConfig, read_config
 from data import datasets
-from data.folder import SOFTWARE
+from data.decode import SOFTWARE
 from data.loader import VIEWS, generator
 from data.views import View2Config, ViewConfig, apply, draw
-from training.command import execute
-from training.config import RunConfig, UserError, read_config
-from training.run_folder import say
 
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 
@@ -30,11 +32,11 @@ def configure(argv: list[str]):
     config = read_config(argv, sections, description=__doc__, extra=(images,), hide=hide)
     if config.count < 1:
         raise UserError(f"--count {config.count}: must be at least 1")
-    config.run.out = config.run.out or "preview.png"
+    config.run.out = str(new_file(config.run.out or "preview.png"))
     return config
 
 
-def run(config, processes) -> dict:
+def run(config) -> dict:
     """Write the picture; returns the names of its columns."""
     data = datasets.load(config.data)
     images, _ = data.pretraining(config.data.pretrain_on)
@@ -48,9 +50,9 @@ def run(config, processes) -> dict:
         columns[name] = apply(pixels, view, drawn, view.size or crop)
     columns |= extremes(pixels, [config.view1, config.view2], crop)
     rows = [[x[i] for x in columns.values()] for i in range(len(pixels))]
-    if processes.main:
-        save_png(mosaic(rows, list(columns)), config.run.out)
-    say(processes, f"{config.run.out}: {len(rows)} images, {len(columns)} columns")
+    save_png(mosaic(rows, list(columns)), config.run.out)
+    if not config.run.quiet:
+        print(f"{config.run.out}: {len(rows)} images, {len(columns)} columns")
     return {"columns": list(columns)}
 
 
@@ -118,7 +120,10 @@ def mosaic(rows: list[list[Tensor]], heads: list[str] = (), side: int = 96) -> I
 
 def main(argv: list[str] | None = None) -> dict:
     """Run from the command line."""
-    return execute(configure, run, argv)
+    with one_line_errors():
+        config = configure(sys.argv[1:] if argv is None else argv)
+        datasets.prepare(config.data)
+        return run(config)
 
 
 if __name__ == "__main__":

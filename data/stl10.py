@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
+from core.errors import UserError
+from core.files import locked
 from data.datasets import DataConfig, Dataset
 from data.images import Images
-from training.config import UserError
-from training.locks import locked
 
 FOLDER = "stl10_binary"
 URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.config import UserError, option
-from training.distributed import to_device
+from core.device import to_device
+from core.errors import UserError
+from core.options import option
 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 # HSV to RGB without cases: high - spread clamp(2 - |h - 3|) for red, clamp(|h - 2| - 1) for green,
@@ -236,18 +237,3 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     centre, sign, offset = to_device(HUE, x.device).to(x.dtype).view(3, 1, 3, 1, 1)
     share = (h - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
     return high - share.mul_(spread)
-
-
-def frame(images: Tensor, size: int, crop: int) -> Tensor:
-    """Evaluation geometry: short side to `size`, centre square of `crop`; 0 for either: as it is.
-
-    (B, 3, H, W) uint8 -> (B, 3, h, w) float32 in 0..1, bicubic and antialiased.
-    """
-    x = images.float() / 255
-    if size and min(x.shape[2:]) != size:
-        shape = [side * size // min(x.shape[2:]) for side in x.shape[2:]]
-        x = torch.nn.functional.interpolate(x, shape, mode="bicubic", antialias=True).clamp_(0, 1)
-    if crop and x.shape[2:] != (crop, crop):
-        top, left = (round((side - crop) / 2) for side in x.shape[2:])  # as torchvision rounds
-        x = x[:, :, top : top + crop, left : left + crop]
-    return x

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from data.datasets import Labelled
+from core.options import option
+from data.labelled import Labelled
 from data.loader import Loader
 from data.views import ViewConfig
 from eval.classifiers import Classifier, accuracy
-from eval.features import FrozenEncoder
-from training.config import option
+from eval.frozen import FrozenEncoder
 from training.distributed import gather
 from training.schedules import learning_rate, peak_rate
 
@@ -61,8 +61,19 @@ def train_layers(
     size = min(config.batch_size, len(labelled))
     size -= size % processes.world_size
     views = (ViewConfig.supervised(config.area, shift=0, flip_p=0.5),)
-    inputs = labelled.images, labelled.labels, views, crop_size, size, frozen.mean, frozen.std
-    loader = Loader(*inputs, seed, processes=processes)
+    loader = Loader(
+        labelled.images,
+        labelled.labels,
+        views,
+        crop_size,
+        size,
+        frozen.transform.mean,
+        frozen.transform.std,
+        seed,
+        device=processes.device,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
     classes = len(labelled.class_names)
     layers = [nn.Linear(encoder.feature_size, classes).to(processes.device) for _ in rates]
     for layer in layers:

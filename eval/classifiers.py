@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from data.datasets import stratified_folds
-from training.config import UserError, option
+from core.errors import UserError
+from core.options import option
+from data.labelled import stratified_folds
 
 UNCHOSEN = 0.1  # where nothing can be validated on
 STRENGTHS = tuple(10 ** (e / 2) for e in range(2, -11, -1))  # 10 .. 1e-5, strong to weak

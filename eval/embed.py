@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from byol.networks import EncoderConfig, build_encoder
+from core.files import new_file, write_atomically
+from core.options import RunConfig
 from data import datasets
-from eval.features import FrozenEncoder
-from eval.trained import new_file
-from training.checkpoints import write_atomically
+from eval.frozen import FrozenEncoder
+from eval.trained import from_config, prepare, read_ckpt_config
 from training.command import execute
-from training.config import RunConfig
+from training.encoder import EncoderConfig
 from training.run_folder import say
-from training.weights import read_ckpt_config
 
 KEPT = ("out", "device", "gpus", "threads", "quiet", "debug", "dist_timeout")
 
@@ -36,14 +35,9 @@ def configure(argv: list[str]):
 def run(config, processes) -> dict:
     """Write `features` (N, D) float32, `labels` (-1: unknown), `files`, `splits`, `classes`."""
     data = datasets.load(config.data)
-    encoder = build_encoder(config.encoder)
-    config.weights.load_into(encoder, config.encoder, f"--ckpt {config.ckpt}")
     splits = {s: getattr(data, s) for s in ("train", "unlabelled", "test")}
     splits = {name: images for name, images in splits.items() if images is not None}
-    first = next(iter(splits.values()))
-    mean, std = config.weights.normalisation(first)
-    sizes = datasets.evaluation_sizes(config.data, first.shape)
-    frozen = FrozenEncoder(encoder, mean, std, sizes, processes)
+    frozen = FrozenEncoder(*from_config(config, next(iter(splits.values()))), processes)
     arrays = {"files": [], "splits": [], "labels": [], "features": []}
     for name, images in splits.items():  # first: another start may pack the folder anew meanwhile
         arrays["files"] += datasets.file_names(config.data, name, len(images))
@@ -64,7 +58,7 @@ def run(config, processes) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run from the command line."""
-    return execute(configure, run, argv)
+    return execute(configure, run, prepare, argv)
 
 
 if __name__ == "__main__":

@@ -15,28 +15,29 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eval.features import FrozenEncoder
-from eval.trained import command, load_encoder, new_file, parser
-from training.config import RunError, UserError
+from core.errors import RunError, UserError
+from core.files import new_file
+from data.transform import EvalTransform
+from eval.trained import command, load, parser
 from training.weights import read_weights
 
 TOLERANCE = 1e-4  # of the largest feature
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """Images in 0..1 to features."""
 
-    def __init__(self, frozen: FrozenEncoder) -> None:
+    def __init__(self, encoder: nn.Module, transform: EvalTransform) -> None:
         super().__init__()
-        self.encoder = frozen.encoder.to("cpu", memory_format=torch.contiguous_format).eval()
+        self.encoder = encoder.to(memory_format=torch.contiguous_format)
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(getattr(frozen, name)).view(3, 1, 1))
+            self.register_buffer(name, torch.tensor(getattr(transform, name)).view(3, 1, 1))
 
     def forward(self, images):
         return self.encoder((images - self.mean) / self.std)
 
 
-def to_safetensors(path: Path, network: Normalised, meta: dict, images: torch.Tensor):
+def to_safetensors(path: Path, network: Normalized, meta: dict, images: torch.Tensor):
     """Write the file; the features of `images` by an encoder that was loaded from it."""
     from safetensors.torch import load_file, save_file
 
@@ -48,7 +49,7 @@ def to_safetensors(path: Path, network: Normalised, meta: dict, images: torch.Te
     return network(images)
 
 
-def to_onnx(path: Path, network: Normalised, meta: dict, images: torch.Tensor):
+def to_onnx(path: Path, network: Normalized, meta: dict, images: torch.Tensor):
     """Write the file; the features of `images` by ONNX's own runtime."""
     import onnx
     import onnxruntime
@@ -71,12 +72,12 @@ FORMATS = {"safetensors": to_safetensors, "onnx": to_onnx}
 @torch.no_grad()
 def run(given) -> dict:
     """Write and check; returns the largest difference, as a part of the largest feature."""
-    out, weights = new_file(given.out or f"encoder.{given.format}"), read_weights(given.ckpt)
-    frozen, side = load_encoder(weights, f"--ckpt {given.ckpt}", "cpu")
-    network, size = Normalised(frozen).eval(), frozen.sizes[1] or side
+    out = new_file(given.out or f"encoder.{given.format}")
+    encoder, transform = load(given.ckpt)
+    network, size = Normalized(encoder, transform).eval(), transform.crop or transform.stored
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     expected = network(images).clone()
-    meta = weights.meta | {"mean": frozen.mean, "std": frozen.std}
+    meta = read_weights(given.ckpt).meta | {"mean": transform.mean, "std": transform.std}
     part = out.with_name(f"{out.name}.partial")  # `out` is there only when it was compared
     try:
         found = FORMATS[given.format](part, network, meta, images)

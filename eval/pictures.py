@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.folder import SOFTWARE
+from data.decode import SOFTWARE
 from eval.table import plain
 
 os.environ.pop("MPLBACKEND", None)  # matplotlib's import fails where it isn't installed

@@ -10,14 +10,14 @@ import json
 
 import torch
 
-from data.datasets import printable
+from core.errors import printable
 from eval.trained import command, load_classifier, parser, read_images
 
 
 def run(given) -> list[dict]:
     """Print each image's classes, most probable first; returns the lines of --json."""
-    frozen, classifier, classes, side = load_classifier(given.ckpt, given.device)
-    images, names = read_images(given.images, side)
+    frozen, classifier, classes = load_classifier(given.ckpt, given.device)
+    images, names = read_images(given.images, frozen.transform.stored)
     probabilities = torch.softmax(classifier(frozen(images)).double(), 1)
     lines = []
     for name, row in zip(names, probabilities.tolist(), strict=True):

@@ -24,15 +24,16 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from core.errors import UserError, one_line_errors
+from core.files import new_file, read_json, write_atomically
+from core.options import Parser
 from data import datasets
+from data.labelled import evaluation
 from eval.classifiers import fit_linear
 from eval.pictures import accuracy_figure, confusion_figure, curves_figure, map_figure, own_style
 from eval.table import Cells, markdown
-from eval.trained import load_encoder, new_file
-from training.checkpoints import write_atomically
-from training.command import one_line_errors
-from training.config import Parser, UserError
-from training.run_folder import read_json, read_metrics
+from eval.trained import load_frozen, tables_of
+from training.run_folder import read_metrics
 from training.weights import read_weights
 
 QUERIES, NEIGHBOURS, MISTAKES, MAPPED, TILE = 8, 6, 24, 1000, 144
@@ -120,11 +121,11 @@ class Features:
 
     def __init__(self, run: Path, labels: int, evaluate_on: str = "test", draw: int = 0) -> None:
         weights = read_weights(run)
-        shared, recipe = weights.tables()
+        shared, recipe = tables_of(weights)
         own = dict(labels=labels, evaluate_on=evaluate_on, draw=draw)
         config = datasets.DataConfig(**shared["data"], **own)
-        split = datasets.load(config).evaluation(config)
-        frozen, _ = load_encoder(weights, str(run), "auto")
+        split = evaluation(datasets.load(config), config)
+        frozen = load_frozen(run, "auto")
         self.names, self.train, self.test = split.test.class_names, split.train, split.test
         self.known, self.features = frozen(split.train.images), frozen(split.test.images)
         strength = recipe.get("linear", {}).get("strength", 0.0)

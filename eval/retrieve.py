@@ -9,15 +9,16 @@ import sys
 import numpy as np
 from torch.nn.functional import normalize
 
+from core.files import new_file
 from data.preview import mosaic, save_png
-from eval.trained import command, load_encoder, new_file, parser, read_images
-from training.weights import read_weights
+from eval.trained import command, load_frozen, parser, read_images
 
 
 def run(given) -> list[dict]:
     """One line of JSON and one row of the picture a query: itself, then its nearest by cosine."""
     out = new_file(given.out)
-    frozen, side = load_encoder(read_weights(given.ckpt), f"--ckpt {given.ckpt}", given.device)
+    frozen = load_frozen(given.ckpt, given.device)
+    side = frozen.transform.stored
     queries, names = read_images(given.query, side)
     gallery, known = read_images(given.gallery, side)
     near = normalize(frozen(queries), dim=1) @ normalize(frozen(gallery), dim=1).T

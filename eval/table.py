@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.datasets import printable
+from core.errors import printable
 from eval.protocols import PROTOCOLS
 
 # 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom

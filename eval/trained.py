@@ -1,4 +1,4 @@
-"""A pretrained encoder or a classifier outside its run: loaded, and given a user's images."""
+"""Trained networks outside their runs: from --ckpt to an encoder or classifier; users' images."""
 
 import argparse
 import sys
@@ -6,17 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from byol.networks import ENCODERS, EncoderConfig, build_encoder
-from data import folder
+from core.device import pick_device
+from core.errors import UserError, one_line_errors
+from core.options import Parser, read_config
+from data import datasets
+from data.datasets import DataConfig
+from data.decode import OURS, decode_all
 from data.images import Images
+from data.listing import image_files
+from data.transform import EvalTransform
 from eval.classifiers import Classifier, build_head
-from eval.features import FrozenEncoder
+from eval.frozen import FrozenEncoder
 from training.checkpoints import load_file
-from training.command import one_line_errors
-from training.config import Parser, UserError
-from training.distributed import Processes, pick_device
-from training.weights import IMAGENET_MEAN, IMAGENET_STD, Weights, read_weights
+from training.distributed import Processes
+from training.encoder import ENCODERS, EncoderConfig
+from training.weights import TORCHVISION, Weights, read_weights
 
 
 def parser(description: str, device: bool = True) -> Parser:
@@ -41,37 +47,56 @@ def command(run, arguments: Parser, argv: list[str] | None = None):
         return run(given)
 
 
-def new_file(path: str | Path, flag: str = "--out") -> Path:
-    """UserError unless a file can be written there without losing one."""
-    path = Path(path)
-    if path.exists():
-        raise UserError(f"{flag} {path}: exists; name another file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{flag} {path}: no folder {path.absolute().parent}; make it first")
-    return path
+def load(ckpt: str | Path, device: str = "cpu") -> tuple[nn.Module, EvalTransform]:
+    """The encoder of a run folder or file, in eval mode on `device`, and how its inputs are made.
 
+        encoder, transform = load("runs/byol-mine")
+        features = encoder(transform(image))  # (1, D)
 
-def load_encoder(weights: Weights, source: str, device: str) -> tuple[FrozenEncoder, int]:
-    """The encoder with its normalisation and evaluation geometry; the side its images come in.
-
+    `image` is a PIL image, or uint8 (3, H, W) or (B, 3, H, W) as its data set stores them.
     Weights that say nothing of themselves are taken for torchvision's of ImageNet.
     """
-    meta = weights.meta
-    config = EncoderConfig(**weights.tables()[0]["encoder"])
+    return _load(read_weights(ckpt), f"--ckpt {ckpt}", device)
+
+
+def _load(weights: Weights, source: str, device: str) -> tuple[nn.Module, EvalTransform]:
+    config = EncoderConfig(**tables_of(weights)[0]["encoder"])
     if config.arch not in ENCODERS:
         raise UserError(f"{source}: made with --arch {config.arch}, which this code does not have")
-    encoder = build_encoder(config)
-    weights.load_into(encoder, config, source)
-    frame = (0, 0) if "crop_size" in meta else (256, 224)
-    mean, std = meta.get("mean", IMAGENET_MEAN), meta.get("std", IMAGENET_STD)
-    processes = Processes(0, 1, torch.device(pick_device(device)))
-    sizes = tuple(meta.get("frame", frame))
-    side = meta.get("stored", meta.get("crop_size", 256))
-    return FrozenEncoder(encoder.eval(), mean, std, sizes, processes), side
+    encoder = weights.encoder(config, source).eval().requires_grad_(False)
+    encoder.to(pick_device(device), memory_format=torch.channels_last)
+    missing = TORCHVISION
+    if "crop_size" in weights.meta:  # then a frame that is not there is meant
+        missing = {k: TORCHVISION[k] for k in ("mean", "std")}
+    return encoder, EvalTransform.from_meta(missing | weights.meta)
 
 
-def load_classifier(ckpt: str, device: str):
-    """(frozen encoder, Classifier, class names, side of its images) of a classifier.pt.
+def load_frozen(ckpt: str | Path, device: str) -> FrozenEncoder:
+    """`load`, for sets of images."""
+    return _alone(*load(ckpt, device), device)
+
+
+def _alone(encoder: nn.Module, transform: EvalTransform, device: str) -> FrozenEncoder:
+    return FrozenEncoder(encoder, transform, Processes(0, 1, torch.device(pick_device(device))))
+
+
+def prepare(config) -> None:
+    """Fetch the data set: what scripts with --ckpt need before any process group exists."""
+    datasets.prepare(config.data)
+
+
+def from_config(config, images: Images) -> tuple[nn.Module, EvalTransform]:
+    """The encoder of --ckpt and its transform for a data set's images, as a script's flags say.
+
+    config   by `read_ckpt_config`, with the sections data and encoder
+    """
+    encoder = config.weights.encoder(config.encoder, f"--ckpt {config.ckpt}")
+    normalization = config.weights.normalization(images)
+    return encoder, EvalTransform.of(config.data, images.shape, *normalization)
+
+
+def load_classifier(ckpt: str, device: str) -> tuple[FrozenEncoder, Classifier, list[str]]:
+    """(frozen encoder, Classifier, class names) of a classifier.pt.
 
     ckpt   the file, its folder, or a pretraining run that was evaluated
     """
@@ -79,11 +104,11 @@ def load_classifier(ckpt: str, device: str):
     saved = load_file(path, "--ckpt")
     if not (isinstance(saved, dict) and {"encoder", "head", "classes"} <= saved.keys()):
         raise UserError(f"--ckpt {path}: holds no classifier; name a run of linear_eval.py")
-    frozen, side = load_encoder(read_weights(path), f"--ckpt {path}", device)
+    frozen = load_frozen(path, device)
     head, width = build_head(saved["head"]), frozen.encoder.feature_size
     mean = saved.get("feature_mean", torch.zeros(width))
     std = saved.get("feature_std", torch.ones(width))
-    return frozen, Classifier(mean, std, head), saved["classes"], side
+    return frozen, Classifier(mean, std, head), saved["classes"]
 
 
 def _classifier_of(path: Path) -> Path:
@@ -111,11 +136,11 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
     for path in map(Path, words):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; name images, or folders of them")
-        paths += [path / name for name in folder.image_files(path)] if path.is_dir() else [path]
+        paths += [path / name for name in image_files(path)] if path.is_dir() else [path]
     pixels, names = np.empty((len(paths), 3, side, side), np.uint8), []
-    for path, found in zip(paths, folder.decode_all(paths, side), strict=True):
+    for path, found in zip(paths, decode_all(paths, side), strict=True):
         if isinstance(found, str):
-            if found == folder.OURS:
+            if found == OURS:
                 continue
             print(f"warning: {path}: left out, not readable ({found})", file=sys.stderr)
         else:
@@ -124,3 +149,37 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
     if not names:
         raise UserError(f"{' '.join(words)}: no readable image there; name files or folders")
     return Images([pixels[: len(names)]]), names
+
+
+def read_ckpt_config(argv: list[str], sections: dict[str, type], *, extra=(), **keywords):
+    """`read_config` with a flag --ckpt, whose run gives the defaults; `.weights` holds it."""
+    found = []
+
+    def inherit(given) -> tuple[dict, dict]:
+        found.append(read_weights(given.ckpt))
+        return tables_of(found[0])
+
+    text = "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
+    ckpt = (("--ckpt",), dict(required=True, metavar="RUN", help=text))
+    config = read_config(argv, sections, inherit=inherit, extra=(ckpt, *extra), **keywords)
+    (config.weights,) = found
+    return config
+
+
+def tables_of(weights: Weights) -> tuple[dict, dict]:
+    """For an evaluation: the run's data and the encoder's shape; its recipe's tables."""
+    draws = ("labels", "draw", "fold", "evaluate_on", "download")
+    data = {k: v for k, v in weights.config.get("data", {}).items() if k not in draws}
+    shape = {k: weights.meta[k] for k in ("arch", "stem", "width", "init") if k in weights.meta}
+    return {"data": data, "encoder": shape}, weights.config.get("recipe", {})
+
+
+def folder_beside(
+    weights: Weights, name: str, data: DataConfig, folds: bool = False, sweep: bool = False
+) -> str:
+    """Default run folder of an evaluation: beside the weights, named after its labels."""
+    parts = [name] + ["sweep"] * sweep + ["folds"] * folds
+    parts += [f"labels{data.labels}-draw{data.draw}"] * bool(data.labels)
+    parts += [f"fold{data.fold}"] * (data.fold >= 0)
+    parts += ["validation"] * (data.evaluate_on == "validation")
+    return str(weights.folder / "-".join(parts))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import folder
+from data import decode, folder
 from data.datasets import DataConfig
 
 SIZE = 16
@@ -25,7 +25,7 @@ def save(path, image, **keywords):
 
 
 def pixels(path, size):
-    return folder.decode(path, size).pixels
+    return decode.decode(path, size).pixels
 
 
 def flat(path, value, mode="RGB", size=(20, 20)):

@@ -25,7 +25,7 @@ import linear_eval
 import train_baseline
 import train_byol
 from byol.byol import BYOL
-from training import checkpoints as module
+from core import files as module
 from training import stopping
 from training.checkpoints import Checkpoints
 from training.schedules import learning_rate

@@ -24,11 +24,10 @@ import finetune
 import linear_eval
 import train_baseline
 import train_byol
+from core.errors import UserError, reason_of
 from data import folder, stl10
 from data.datasets import DataConfig
 from training.checkpoints import Checkpoints, load_file, save_file
-from training.command import _reason
-from training.config import UserError
 from training.run_folder import read_metrics
 from training.weights import read_weights
 
@@ -43,7 +42,7 @@ def one_line(call):
     try:
         return call()
     except UserError as error:
-        text = _reason(error)
+        text = reason_of(error)
         assert text and "\n" not in text and "\r" not in text, text
         return None
 

@@ -80,11 +80,13 @@ import sys
 import torch
 import train_byol
 from byol.byol import BYOL
-from byol.networks import Encoder
+from training.encoder import Encoder
 from data import datasets
 from data.loader import Loader
+from data.transform import EvalTransform
 from training.distributed import start
 from training.session import Session
+from training.stopping import Watch
 
 flags = ["--recipe", sys.argv[1], "--out", sys.argv[2], "--device", "cuda", "--precision", "bf16"]
 config = train_byol.configure([*flags, "--data-on-device", sys.argv[3], "--optimizer", sys.argv[4],
@@ -94,8 +96,10 @@ data = datasets.load(config.data)
 images, _ = data.pretraining(config.data.pretrain_on)
 method = BYOL(Encoder("resnet18", "small", 0.125), config.method)
 views = (config.view1, config.view2)
-loader = Loader.of(config, images, None, views, images.statistics(), processes)
-steps = Session(config, method, loader, processes).steps()
+transform = EvalTransform.of(config.data, images.shape, *images.statistics())
+loader = Loader.of(config, images, None, views, transform, processes)
+watch = Watch(processes, config.run.check_every)
+steps = Session(config, method, loader, transform, processes, watch).steps()
 for _ in range(3):
     next(steps)
 torch.cuda.set_sync_debug_mode("error")

@@ -20,9 +20,9 @@ LARS, LOOP = "tests/training/test_optimizers.py", "tests/training/test_loop.py"
 PLAN, RESUME = "tests/training/test_schedules.py", "tests/training/test_resume.py"
 SAVING, STOPPING = (f"tests/training/test_{n}.py" for n in ("checkpoints", "stopping"))
 LISTING = "tests/data/test_listing.py"
-NETWORKS = "tests/byol/test_networks.py"
+NETWORKS = "tests/training/test_encoder.py"
 SCRIPTS, WEIGHTS = "tests/test_scripts.py", "tests/training/test_weights.py"
-FEATURES, HELD = "tests/eval/test_features.py", "tests/eval/test_held_out.py"
+FEATURES, ONLINE = "tests/eval/test_features.py", "tests/eval/test_online.py"
 
 # name: (file, text that stands there once, what a mistaken author would write, tests that fail)
 MUTATIONS = {
@@ -51,17 +51,17 @@ MUTATIONS = {
         "representation = list(self.encoder(torch.cat(views)).chunk(2))",
         f"{BYOL} -k statistics_are_those"),
     "target in eval mode": (
-        "byol/byol.py", "target_representation = [",
-        "self.target_encoder.eval()\n            target_representation = [",
+        "byol/byol.py", "representation = [self.target_encoder(view)",
+        "self.target_encoder.eval()\n            representation = [self.target_encoder(view)",
         f"{BYOL} -k keeps_its_own"),
     "default initialisation of the heads": (
-        "byol/networks.py", "nn.init.trunc_normal_(layer.weight, std=scale,", "dict(std=scale,",
-        "tests/byol/test_networks.py -k heads_start"),
+        "byol/byol.py", "nn.init.trunc_normal_(layer.weight, std=scale,", "dict(std=scale,",
+        f"{BYOL} -k heads_start"),
     "heads cut at two instead of two scales": (
-        "byol/networks.py", "std=scale, a=-2 * scale, b=2 * scale", "std=scale",
-        "tests/byol/test_networks.py -k heads_start"),
+        "byol/byol.py", "std=scale, a=-2 * scale, b=2 * scale", "std=scale",
+        f"{BYOL} -k heads_start"),
     "bias in the last layer of the heads": (
-        "byol/networks.py", "nn.Linear(hidden, outputs, bias=False)", "nn.Linear(hidden, outputs)",
+        "byol/byol.py", "nn.Linear(hidden, outputs, bias=False)", "nn.Linear(hidden, outputs)",
         f"{LARS} -k whole_byol"),
     # moving average
     "average of the buffers too": (
@@ -173,8 +173,8 @@ MUTATIONS = {
         "data/views.py", "rng.permuted(np.tile(np.arange(4), (count, 1)), axis=1)",
         "np.tile(np.arange(4), (count, 1))", f"{VIEWS} -k orders"),
     "statistics of another data set": (
-        "train_byol.py", "initialise(encoder, e, *images.statistics())",
-        "initialise(encoder, e, [0.491, 0.482, 0.447], [0.247, 0.243, 0.262])",
+        "training/weights.py", "return encoder, *images.statistics()",
+        "return encoder, [0.491, 0.482, 0.447], [0.247, 0.243, 0.262]",
         f"{SCRIPTS} -k inputs_are_normalised"),
     # checkpoints and precision
     "scaler not saved": (
@@ -185,15 +185,15 @@ MUTATIONS = {
         "    for k in [k for k in state if k not in own or state[k].shape != own[k].shape]:\n"
         "        del state[k]\n    if False:\n", f"{WEIGHTS} -k C11"),
     "published weights refused for their missing counters": (
-        "training/weights.py", "return state | {k: torch.zeros_like(own[k]) for k in missing}",
+        "training/foreign.py", "return state | {k: torch.zeros_like(own[k]) for k in missing}",
         "return state", f"{WEIGHTS} -k imagenet"),
     # evaluation
     "k-NN on the test set": (
-        "train_byol.py", "HeldOut(data.train, data.train_labels,",
-        "HeldOut(data.test, data.test_labels,", f"{SCRIPTS} -k watched_on_train"),
+        "eval/online.py", "self.images = data.train.subset(order)",
+        "self.images = data.test.subset(order)", f"{SCRIPTS} -k watched_on_train"),
     "k-NN of the target network": (
-        "eval/held_out.py", "method.encoder, self.images",
-        'getattr(method, "target_encoder", method.encoder), self.images', f"{HELD} -k queries"),
+        "eval/online.py", "method.encoder, self.images",
+        'getattr(method, "target_encoder", method.encoder), self.images', f"{ONLINE} -k queries"),
     "the rate chosen on images it was trained on": (
         "eval/augmented.py", "held = frozen(part.test.images)",
         "part.test = part.train; held = frozen(part.test.images)",
@@ -206,8 +206,8 @@ MUTATIONS = {
     "collapse judged by an absolute bound": (
         "eval/collapse.py", "start[std] / 4", "0.25 * size**-0.5", "tests/eval/test_collapse.py"),
     "the target network evaluated": (
-        "train_byol.py", 'save_encoder(out / "encoder.pt", method.encoder',
-        'save_encoder(out / "encoder.pt", getattr(method, "target_encoder", method.encoder)',
+        "training/session.py", 'save_encoder(out / "encoder.pt", self.method.encoder',
+        'save_encoder(out / "encoder.pt", getattr(self.method, "target_encoder", None)',
         f"{WEIGHTS} -k online"),
     "features in train mode": (
         "eval/features.py", "    encoder.eval()\n", "    encoder.train()\n", f"{FEATURES}"),
@@ -221,39 +221,41 @@ MUTATIONS = {
         "train_byol.py", "labels = hold_out_labels(labels, data.train_labels)", "pass",
         f"{LOOP} -k probe"),
     "settings chosen on test images": (
-        "baseline/runs.py", "split.train.hold_out() if config.sweep else None", "split",
+        "eval/supervised.py", "split.train.hold_out() if config.sweep else None", "split",
         f"{SCRIPTS} -k sweep_chooses"),
     "queries in the bank": (
-        "eval/held_out.py", "knn_top1(features[n:], self.labels[n:],",
-        "knn_top1(features, self.labels,", f"{HELD} -k queries"),
+        "eval/online.py", "knn_top1(features[n:], labels[n:],",
+        "knn_top1(features, labels,", f"{ONLINE} -k queries"),
     "penalised intercept": (
         "eval/classifiers.py", "strength / 2 * theta[:-1].square().sum()",
         "strength / 2 * theta.square().sum()", "tests/eval/test_classifiers.py -k intercept"),
     "overlapping label draws between rows": (
-        "data/datasets.py", "np.random.SeedSequence([draw, 0x1ABE1])",
+        "data/labelled.py", "np.random.SeedSequence([draw, 0x1ABE1])",
         "np.random.SeedSequence([draw, count])", f"{DATA} -k nested"),
     "test images in a report of validation images": (
         "eval/report.py", 'settings["flags"].get("data.evaluate_on", on)', '"test"',
         "tests/eval/test_report.py -k no_test_image"),
     "your own images normalised as ImageNet's": (
-        "eval/trained.py", 'meta.get("mean", IMAGENET_MEAN), meta.get("std", IMAGENET_STD)',
-        "IMAGENET_MEAN, IMAGENET_STD", "tests/eval/test_trained.py -k predict_with"),
+        "eval/trained.py", "EvalTransform.from_meta(missing | weights.meta)",
+        "EvalTransform.from_meta(weights.meta | missing)",
+        "tests/eval/test_trained.py -k predict_with"),
     "another library's moving average": (
-        "training/weights.py", "if not AVERAGES & _words(p)]", "if AVERAGES & _words(p)]",
+        "training/foreign.py", "if not AVERAGES & _words(p)]", "if AVERAGES & _words(p)]",
         f"{WEIGHTS} -k other_libraries"),
     "the wrong tap on a map of one pixel": (
-        "byol/networks.py", "[:, :, 1:2, 1:2]", "[:, :, 0:1, 0:1]", f"{NETWORKS} -k one_pixel"),
+        "training/encoder.py", "[:, :, 1:2, 1:2]", "[:, :, 0:1, 0:1]", f"{NETWORKS} -k one_pixel"),
     # what users bring
     "floats for 16 bits": (
-        "data/folder.py", 'image.mode == "F" or (image.mode == "I" and not known)', "False",
+        "data/decode.py", 'image.mode == "F" or (image.mode == "I" and not known)', "False",
         "tests/data/test_pixels.py -k unknown"),
     "images that have changed places": (
-        "data/folder.py", r'times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"', 'times = ""',
+        "data/listing.py", r'times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"', 'times = ""',
         f"{LISTING} -k changed_places"),
     "photographs lost for odd EXIF": (
-        "data/folder.py",
-        "image.transpose(UPRIGHT[turn]) if (turn := _orientation(image)) > 1 else image",
-        "ImageOps.exif_transpose(image)", "tests/data/test_pixels.py -k photographs_are_turned"),
+        "data/decode.py",
+        "    if (turn := _orientation(image)) > 1:\n        image = image.transpose(UPRIGHT[turn])",
+        "    image = ImageOps.exif_transpose(image)",
+        "tests/data/test_pixels.py -k photographs_are_turned"),
     "each process warns": (
         "data/folder.py", "for text in notes if first_process() else ():", "for text in notes:",
         f"{LISTING} -k one_of_several"),
@@ -275,7 +277,7 @@ MUTATIONS = {
     "metrics written twice": (
         "training/run_folder.py", 'if row["step"] < start]', "]", f"{RESUME} -k C17"),
     "two runs in a folder": (
-        "training/locks.py", "if lock_descriptor(file.fileno(), blocking=wait):", "if True:",
+        "core/files.py", "if lock_descriptor(file.fileno(), blocking=wait):", "if True:",
         "tests/training/test_run_folder.py -k S12"),
     "weights that are not finite saved": (
         "training/stopping.py", "bad += sum_over_ranks((~torch.isfinite(largest)).sum()).item()",

@@ -23,12 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_byol
 from baseline.baseline import Baseline
 from byol.byol import BYOL
-from byol.networks import Encoder, parameter_count
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
 from training import batchnorm, distributed
 from training.checkpoints import Checkpoints
 from training.distributed import Processes
+from training.encoder import Encoder, parameter_count
 from training.loop import train_steps
 from training.optimizers import build_optimizer
 from training.precision import Precision
@@ -66,7 +66,7 @@ def train(data, name: str, accumulate: int, steps: int, dtype):
     views = method.views or (ViewConfig(), View2Config())
     sizes, normalisation = (16, 32), images.statistics()
     loader = Loader(images, labels, views, *sizes, *normalisation, accumulate=accumulate,
-                    processes=processes, dtype=dtype)  # fmt: skip
+                    rank=processes.rank, world_size=ranks, dtype=dtype)  # fmt: skip
     model = distributed.wrap(method, processes, "sync")
     kind, peak = (
         ("lars", 0.5) if name == "byol" else ("sgd", 0.005)

@@ -17,11 +17,11 @@ import linear_eval
 import reproduce
 import train_baseline
 import train_byol
+from core.errors import UserError
 from data import datasets, preview
 from data.datasets import DataConfig
 from eval import embed, predict, report, retrieve
 from eval.classifiers import STRENGTHS, UNCHOSEN, choose_strength, fit_linear, fit_mlp
-from training.config import UserError
 
 
 def write(root, counts, split="train", seed=0):

@@ -4,13 +4,10 @@ Each is `step-N.pt`, N the number of steps done, with its SHA-256 beside it.  It
 temporary name, flushed to the disk, renamed, and read back before an older one goes.
 """
 
-import errno
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
 import sys
 import warnings
 import zipfile
@@ -19,50 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.config import RunError, UserError, differences
+from core.errors import RunError, UserError
+from core.files import write_atomically
+from core.options import differences
 
 SCHEMA = 1
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of `data` under its name, or nothing: a temporary file, flushed, then renamed.
-
-    RunError with the bytes needed and free where it can't be written; the old file stays.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        text, room = f"{path}: {error.strerror}", ""
-        if error.errno in FULL:
-            free = shutil.disk_usage(path.parent).free
-            text, room = f"{text} ({len(data):,} bytes needed, {free:,} free)", "make room and "
-        raise RunError(
-            f"{text}; what was saved before is intact: {room}go on with --resume"
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a rename to the disk, where that is possible.
-
-    Windows opens no folders, and some file systems answer that they can't flush one.
-    """
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        if error.errno in (errno.EIO, *FULL):  # the disk fails, or is full
-            raise
 
 
 def save_file(path: Path, state: dict, checksum: bool = False) -> str:
@@ -78,12 +36,6 @@ def save_file(path: Path, state: dict, checksum: bool = False) -> str:
         write_atomically(path.with_suffix(".sha256"), f"{digest}  {path.name}\n".encode())
     write_atomically(path, data)
     return digest
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Temporary files of a killed process."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 def load_file(path: Path, flag: str) -> dict:

@@ -15,16 +15,15 @@ import threading
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from core.device import CPU, pick_device
+from core.errors import LAUNCHER, UserError, launched
 from training.batchnorm import convert_batch_norm
-from training.config import UserError
 
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")
 RELAUNCHED = "BYOL_RELAUNCHED"  # the launcher that --gpus became: its process id; once is enough
 RESTARTED = "BYOL_RESTARTED"  # set when the launcher that exec'd us was restarting the job
@@ -45,19 +44,7 @@ class Processes:
         return self.rank == 0
 
 
-SINGLE = Processes(0, 1, torch.device("cpu"))
-
-
-def pick_device(device: str) -> str:
-    """auto -> cuda where there is one, else cpu."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def launched() -> bool:
-    """True under torchrun; stray RANK variables alone do not count."""
-    return all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", *LAUNCHER))
+SINGLE = Processes(0, 1, CPU)
 
 
 def restarted() -> bool:
@@ -133,11 +120,6 @@ def _follow(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1)
     os._exit(1)
-
-
-def first_process() -> bool:
-    """Whether this is the process that prints; known before there is a process group."""
-    return not launched() or os.environ["RANK"] == "0"
 
 
 def _from_launcher(name: str) -> bool:
@@ -223,19 +205,6 @@ def no_sync(model: nn.Module, skip: bool):
     if skip and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy to `device`, asynchronously from pinned memory on CUDA."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
-
-
-def fits_on(device: torch.device, size: int) -> bool:
-    """Whether `size` bytes take less than half of a GPU's free memory; False for a CPU."""
-    return device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def train_steps(
     """Train steps start .. min(stop, total)-1 of a schedule over `total`; yield after each.
 
     model      a Method, or DDP around one
-    loader     gives batches(step), steps_per_epoch, batch_size, accumulate, seed, processes
+    loader     gives batches(step), steps_per_epoch, batch_size, accumulate, seed, rank
     peak       the rate after `warmup` steps
     A step that the gradient scaler skips advances the index and changes nothing else.
     """
@@ -65,7 +65,7 @@ def train_steps(
         for group in optimizer.param_groups:
             group["lr"] = peak if group.get("constant") else lr
         model.train()
-        seed_step(loader.seed, k, loader.processes.rank)
+        seed_step(loader.seed, k, loader.rank)
         loss_of_step = 0.0
         for part, (views, labels) in enumerate(loader.batches(k)):
             with no_sync(model, skip=part + 1 < loader.accumulate):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training.config import option
+from core.options import option
 
 __all__ = ["Method", "option"]
 KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -39,10 +39,17 @@ class Method(nn.Module):
     def forward(self, *views: Tensor) -> dict[str, Tensor]:
         """The networks' outputs, each stacked over views: (V, B, D).
 
-        Runs inside DDP and autocast, once for all views.  `representation` is the encoder's
-        output; `projection`, `prediction`, `target` are the usual further names.
+        Runs inside DDP and autocast, once for all views; each view passes by itself, so that batch
+        statistics are per view.  Here: encoder, `projector`, then `predictor`, the last two where
+        the method has them, as representation, projection and prediction.
         """
-        raise NotImplementedError
+        outputs = {"representation": [self.encoder(view) for view in views]}
+        before = "representation"
+        for name, head in (("projection", "projector"), ("prediction", "predictor")):
+            if hasattr(self, head):
+                outputs[name] = [getattr(self, head)(x) for x in outputs[before]]
+                before = name
+        return {name: torch.stack(values) for name, values in outputs.items()}
 
     def loss(self, outputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise and what else to log; runs outside DDP and autocast.
@@ -84,43 +91,6 @@ def groups_by_kind(module: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in trained if id(p) in kernels], "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0, "adapt": False},
     ]
-
-
-class OnlineProbe(Method):
-    """Any method with a linear classifier trained beside it on its detached representation."""
-
-    uses_labels = True
-
-    def __init__(self, method: Method, classes: int) -> None:
-        nn.Module.__init__(self)
-        self.method, self.name, self.views = method, method.name, method.views
-        self.probe = nn.Linear(method.encoder.feature_size, classes)
-
-    @property
-    def encoder(self):
-        return self.method.encoder
-
-    def forward(self, *views):
-        outputs = self.method(*views)
-        return outputs | {"probe": self.probe(outputs["representation"].detach())}
-
-    def loss(self, outputs, labels):
-        """The method's loss plus cross-entropy on the images whose label is known."""
-        loss, logs = self.method.loss(outputs)
-        logits = outputs["probe"].flatten(0, 1)
-        known = (labels >= 0).float().repeat(len(outputs["probe"]))
-        labels = labels.clamp(min=0).repeat(len(outputs["probe"]))
-        each = nn.functional.cross_entropy(logits, labels, reduction="none")
-        probe_loss = (each * known).sum() / known.sum().clamp(min=1)
-        return loss + probe_loss, logs | {"probe_loss": probe_loss}
-
-    def parameter_groups(self, weight_decay):
-        """The method's own groups, and the probe's, which are as those of any other layer."""
-        groups = self.method.parameter_groups(weight_decay)
-        return [*groups, *groups_by_kind(self.probe, weight_decay)]
-
-    def after_step(self, progress):
-        return self.method.after_step(progress)
 
 
 def at_least_float32(outputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,35 @@
 """The optimizers: LARS by hand, torch's own SGD and AdamW, over groups made by dimension."""
 
+from dataclasses import dataclass
+
 import torch
 from torch.optim import Optimizer
+
+from core.options import option
+
+
+@dataclass
+class OptimConfig:
+    """[optim]: the optimizer and how long it runs."""
+
+    optimizer: str = option("lars", "optimizer", choices=("lars", "sgd", "adamw"))
+    lr: float = option(
+        2.0, "learning rate: per 256 images for lars and sgd, as it is for adamw", low=0
+    )
+    weight_decay: float = option(1e-6, "weight decay; never on 1-D parameters", low=0)
+    momentum: float = option(0.9, "momentum of lars and sgd", low=0, high=0.9999)
+    batch_size: int = option(256, "GLOBAL batch, images over all processes", low=1)
+    nesterov: bool = option(False, "momentum of sgd in Nesterov's form")
+    accumulate: int = option(1, "micro-batches that a global batch is cut into", low=1)
+    epochs: int = option(100, "epochs over the training images", low=1)
+    steps: int = option(0, "optimizer steps instead of epochs (0: use --epochs)", low=0)
+    max_steps: int = option(0, "upper bound of the steps; the schedules end there", low=0)
+    warmup_epochs: float = option(10, "linear warm-up, at most half of all steps", low=0)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """K, the number of attempted steps that the schedules run over."""
+        total = self.steps or self.epochs * steps_per_epoch
+        return min(total, self.max_steps) if self.max_steps else total
 
 
 class LARS(Optimizer):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from training.config import UserError
+from core.errors import UserError
 
 
 def pick_precision(name: str, device: torch.device) -> str:

@@ -13,10 +13,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from training.checkpoints import remove_leftovers, write_atomically
-from training.config import UserError, differences
+from core.errors import UserError
+from core.files import (
+    open_locked,
+    read_json,
+    remove_leftovers,
+    write_atomically,
+    write_json,
+)
+from core.options import differences
 from training.distributed import Processes, sum_over_ranks
-from training.locks import open_locked
 
 SECONDS_A_LINE = 30  # where there is no terminal for a progress bar
 GROUPS = {  # of TensorBoard's scalars; losses and what a method logs beside them are the rest
@@ -256,22 +262,6 @@ def read_metrics(path: Path) -> list[dict]:
             row = json.loads(line)
             rows.append(row | {"step": int(row["step"])})
     return rows
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; UserError where there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); is it damaged?") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object; is it damaged?")
-    return found
-
-
-def write_json(path: Path, value) -> None:
-    """Indented JSON, whole or not at all."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 @functools.cache  # it goes into each checkpoint

@@ -1,7 +1,4 @@
-"""What stands between a method and its loop: optimizer, precision, checkpoints, run folder.
-
-The scripts of pretraining and of labelled training begin here and own their loops themselves.
-"""
+"""One training run: optimizer, precision, checkpoints and run folder around a method."""
 
 import time
 from collections.abc import Iterator
@@ -9,31 +6,43 @@ from pathlib import Path
 
 import torch
 
-from data import datasets
+from core.errors import RunError, Stopped, UserError
+from core.files import write_json
+from core.options import as_dict
 from training import distributed
-from training.checkpoints import Checkpoints, restore, resume_state, training_state
-from training.config import RunError, UserError, as_dict
+from training.checkpoints import (
+    Checkpoints,
+    restore,
+    resume_state,
+    save_file,
+    training_state,
+)
+from training.encoder import describe_encoder, parameter_count
 from training.loop import Step, train_steps
 from training.optimizers import build_optimizer
 from training.precision import Precision, pick_precision
-from training.run_folder import RunFolder, git_commit, warn
+from training.run_folder import RunFolder, git_commit, read_metrics, say, warn
 from training.schedules import peak_rate, warmup_steps
 from training.stopping import Watch
+from training.weights import save_encoder
 
 BAD_STATE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class Session:
-    """One training run, new or resumed.
+    """One training run, new or resumed; as a context it closes what it has opened.
 
     config     with the sections data, encoder, optim, run and the method's own
     method     a Method on the CPU; `model` is it on its device, in DDP where there are several
     loader     a Loader over its training images
+    transform  how evaluation makes the encoder's inputs; goes into encoder.pt
+    watch      whose signals stop the run
     """
 
-    def __init__(self, config, method, loader, processes: distributed.Processes) -> None:
+    def __init__(self, config, method, loader, transform, processes, watch: Watch) -> None:
         o, run = config.optim, config.run
         self.config, self.method, self.loader, self.processes = config, method, loader, processes
+        self.transform, self.watch = transform, watch
         self.total = o.total_steps(loader.steps_per_epoch)
         self.stop = min(run.stop_after or self.total, self.total)
         self.warmup = warmup_steps(o.warmup_epochs, loader.steps_per_epoch, self.total)
@@ -100,10 +109,11 @@ class Session:
                 "the same images and views, sums rounded in another order",
             )
 
-    @property
-    def finished(self) -> bool:
-        """Whether all steps of the schedule are done."""
-        return self.done == self.total
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.folder.close()
 
     @property
     def seconds(self) -> float:
@@ -113,25 +123,30 @@ class Session:
     @property
     def meta(self) -> dict:
         """What encoder.pt says of itself."""
-        e, loader = self.config.encoder, self.loader
-        meta = {"arch": e.arch, "stem": e.stem, "width": e.width, "init": e.init}
-        meta |= {"mean": loader.mean, "std": loader.std, "crop_size": loader.crop_size}
-        stored = loader.images.shape  # what a user's own images are brought to, and then framed
-        frame = datasets.evaluation_sizes(self.config.data, stored)
-        meta |= {"stored": min(stored), "frame": list(frame)}
-        return meta | {
+        e = self.config.encoder
+        return {
+            "arch": e.arch,
+            "stem": e.stem,
+            "width": e.width,
+            "init": e.init,
+            "crop_size": self.loader.crop_size,
+            **self.transform.meta(),
             "method": self.method.name,
             "step": self.total,
-            "seed": loader.seed,
+            "seed": self.loader.seed,
             "commit": git_commit(),
         }
 
     def describe(self) -> str:
-        """Device, precision, steps and the actual learning rate in one line."""
-        o, p = self.config.optim, self.processes
-        text = f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
-        text += f"{o.batch_size} images ({self.total / self.loader.steps_per_epoch:.3g} epochs), "
-        text += f"{o.optimizer}, learning rate {self.peak:g}"
+        """The encoder; device, precision, steps and the actual learning rate: two lines."""
+        o, p, epochs = self.config.optim, self.processes, self.total / self.loader.steps_per_epoch
+        text = (
+            f"{describe_encoder(self.config.encoder)}: "
+            f"{parameter_count(self.method):,} parameters\n"
+            f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
+            f"{o.batch_size} images ({epochs:.3g} epochs), "
+            f"{o.optimizer}, learning rate {self.peak:g}"
+        )
         if self.warmup:
             text += f" after a warm-up of {self.warmup:,} steps"
         if self.warmup < round(o.warmup_epochs * self.loader.steps_per_epoch):
@@ -139,12 +154,15 @@ class Session:
         return text + (f"; going on from step {self.done:,}" if self.done else "")
 
     def steps(self) -> Iterator[Step]:
-        """The training steps from where the run stands; see `train_steps`."""
+        """The training steps from where the run stands, see `train_steps`.
+
+        Stopped, after a save, where the watch or --stop-after ends the run before its last step.
+        """
         o = self.config.optim
         self.folder.begin(self.done, self.stop, self.method.name, o.batch_size)
         if self.processes.main and not self.done:
             self.folder.show(as_dict(self.config), self.loader.preview())
-        return train_steps(
+        for step in train_steps(
             self.model,
             self.loader,
             self.optimizer,
@@ -154,11 +172,21 @@ class Session:
             total=self.total,
             start=self.done,
             stop=self.stop,
-        )
+        ):
+            yield step
+            if self.watch.stop:
+                break
+        if self.done < self.total:
+            say(self.processes, f"stopped after step {self.done:,}; go on with --resume")
+            raise Stopped(asked=self.watch.stop)
 
-    def save_if_due(self, step: Step, watch: Watch) -> None:
+    def log(self, step: Step, **metrics: float) -> None:
+        """Write the step's metrics where it is time to, see `RunFolder.log`."""
+        self.folder.log(step, self.config.run.log_every, **metrics)
+
+    def save_if_due(self, step: Step) -> None:
         """Read the stop and finite flags; save at the cadence, on request and at the end."""
-        self.done = step.index + 1
+        self.done, watch = step.index + 1, self.watch
         due = self.checkpoints.due(step) or step.index == self.stop - 1
         watch.look(step, self.method, self.optimizer, saving=due)
         saving, every = due or watch.stop or watch.save, self.config.run.replicas_every
@@ -175,6 +203,21 @@ class Session:
             self.checkpoints.save(self.done, state)
         if watch.stop:  # a launcher ends all when the first has left
             distributed.barrier()
+
+    def finish(self, result: dict, **files: dict) -> None:
+        """Write encoder.pt, result.json and further files, NAME.pt each, for all ranks."""
+        if self.processes.main:
+            out = self.folder.out
+            save_encoder(out / "encoder.pt", self.method.encoder, self.meta)
+            for name, content in files.items():
+                save_file(out / f"{name}.pt", content)
+            write_json(out / "result.json", result)
+        distributed.barrier()
+
+    def history(self) -> list[dict]:
+        """The metrics of the steps before the one that the run goes on from."""
+        rows = read_metrics(self.folder.out / "metrics.jsonl")
+        return [row for row in rows if row["step"] < self.done]
 
     def compare_replicas(self) -> None:
         """RunError, on all ranks alike, where they stand at other steps or hold other weights."""

@@ -10,7 +10,7 @@ import time
 import torch
 from torch import nn
 
-from training.config import RunError
+from core.errors import RunError
 from training.distributed import Processes, handle, hangup_ignored, sum_over_ranks
 
 STOPPED = 75  # exit code (EX_TEMPFAIL): saved on request, go on with --resume

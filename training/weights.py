@@ -1,23 +1,21 @@
 """Encoder weights in and out: `encoder.pt`, run folders, checkpoints, other people's files."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from training.checkpoints import check_fits, load_file, misfits, save_file
-from training.config import UserError, read_config
-from training.locks import locked
-from training.run_folder import read_json
+from core.errors import UserError
+from core.files import locked, read_json
+from training.checkpoints import check_fits, load_file, save_file
+from training.encoder import EncoderConfig, build_encoder
+from training.foreign import find_network, is_plain, with_counters
 
-# words in the name of a network that is a moving average of another one
-AVERAGES = {"momentum", "target", "teacher", "ema", "k", "key", "swa", "avg", "average",
-            "averaged", "polyak", "shadow"}  # fmt: skip
-COUNTER = "num_batches_tracked"  # of a batch norm; files that predate it count as 0
 OURS = {"arch", "stem", "width"}  # in the meta data of every file that this project writes
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+# how the inputs of torchvision's ImageNet weights are made, as an encoder.pt would say it
+TORCHVISION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+               "frame": [256, 224], "stored": 256}  # fmt: skip
 
 
 @dataclass
@@ -36,12 +34,17 @@ class Weights:
     folder: Path
     prefix: str | None = None
 
-    def tables(self) -> tuple[dict, dict]:
-        """For an evaluation: the run's data and the encoder's shape; its recipe's tables."""
-        draws = ("labels", "draw", "fold", "evaluate_on", "download")
-        data = {k: v for k, v in self.config.get("data", {}).items() if k not in draws}
-        shape = {k: self.meta[k] for k in ("arch", "stem", "width", "init") if k in self.meta}
-        return {"data": data, "encoder": shape}, self.config.get("recipe", {})
+    def normalization(self, images) -> tuple[list[float], list[float]]:
+        """Mean and std of the inputs it was trained on; those of `images` where none are known."""
+        if "mean" in self.meta:
+            return self.meta["mean"], self.meta["std"]
+        return images.statistics()
+
+    def encoder(self, config: EncoderConfig, source: str) -> nn.Module:
+        """The encoder that `config` describes, with these weights."""
+        encoder = build_encoder(config)
+        self.load_into(encoder, config, source)
+        return encoder
 
     def load_into(self, encoder: nn.Module, config, source: str) -> None:
         """Copy them into an encoder made by `config`; UserError where they belong to another.
@@ -57,25 +60,15 @@ class Weights:
             state = find_network(state, encoder.state_dict(), source, self.prefix)
         load_weights(encoder, state, source)
 
-    def normalisation(self, images) -> tuple[list, list]:
-        """Mean and std of the inputs it was trained on; those of `images` where none are known."""
-        if "mean" in self.meta:
-            return self.meta["mean"], self.meta["std"]
-        return images.statistics()
-
-    def beside(self, name: str, data, folds: bool = False, sweep: bool = False) -> str:
-        """Default run folder of an evaluation: beside the weights, named after its labels."""
-        parts = [name] + ["sweep"] * sweep + ["folds"] * folds
-        parts += [f"labels{data.labels}-draw{data.draw}"] * bool(data.labels)
-        parts += [f"fold{data.fold}"] * (data.fold >= 0)
-        parts += ["validation"] * (data.evaluate_on == "validation")
-        return str(self.folder / "-".join(parts))
-
 
 def save_encoder(path: Path, encoder: nn.Module, meta: dict) -> None:
     """Write {"state_dict", "meta"}; the stems have equal shapes, so weights alone don't say."""
-    state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    save_file(path, {"state_dict": state, "meta": meta})
+    save_file(path, {"state_dict": portable(encoder), "meta": meta})
+
+
+def portable(network: nn.Module) -> dict[str, Tensor]:
+    """Its state dict on the CPU, in torch's default memory format."""
+    return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
 
 
 def read_weights(path: str | Path, flag: str = "--ckpt") -> Weights:
@@ -145,102 +138,6 @@ def _encoder_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {}
 
 
-def read_ckpt_config(argv: list[str], sections: dict[str, type], *, extra=(), **keywords):
-    """`read_config` with a flag --ckpt, whose run gives the defaults; `.weights` holds it."""
-    found = []
-
-    def inherit(given) -> tuple[dict, dict]:
-        found.append(read_weights(given.ckpt))
-        return found[0].tables()
-
-    text = "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
-    ckpt = (("--ckpt",), dict(required=True, metavar="RUN", help=text))
-    config = read_config(argv, sections, inherit=inherit, extra=(ckpt, *extra), **keywords)
-    (config.weights,) = found
-    return config
-
-
-def find_network(
-    tensors: dict[str, Tensor], own: dict[str, Tensor], source: str, prefix: str | None = None
-) -> dict[str, Tensor]:
-    """The one network in `tensors` with the names and shapes of the state dict `own`.
-
-    In the files of other projects it lies below some prefix (`backbone.`, `state_dict.encoder_q.`,
-    ...), often beside heads and a moving average of it; some number its children.  Where several
-    different ones are there, UserError lists them.  Where none is complete: the one with the most
-    tensors of `own`, for a message that says what it lacks.
-    """
-    near = _candidates(tensors, own)
-    if prefix is not None:
-        name = prefix.strip(".")
-        exact = {p: state for p, state in near.items() if p.rstrip(".") == name}
-        near = exact or {p: state for p, state in near.items() if f".{name}." in f".{p}"}
-        if not near:
-            raise UserError(f"{source}: no network of that name and shape in it")
-    whole = {p: state for p, state in near.items() if not misfits(own, state)}
-    if not whole:
-        return max(near.values(), key=lambda state: len(state.keys() & own.keys()), default=tensors)
-    trained = [p for p in whole if not AVERAGES & _words(p)] or list(whole)
-    first, *others = trained
-    if all(_same(whole[first], whole[p], own) for p in others):
-        return whole[first]
-    names = [p.rstrip(".") or "." for p in trained]
-    raise UserError(
-        f"{source}: holds several networks of this shape ({', '.join(names)}); name the one that "
-        f"is meant behind a colon, as in FILE:{names[-1]}"
-    )
-
-
-def _candidates(tensors: dict, own: dict) -> dict[str, dict[str, Tensor]]:
-    """prefix -> state dict of what might be a network like `own`, without heads beside it."""
-    candidates, stages = {}, list(dict.fromkeys(name.split(".")[0] for name in own))
-    _, dot, rest = next(iter(own)).partition(".")
-    for first in (stages[0], "0"):  # nn.Sequential numbers its children
-        end = f".{first}{dot}{rest}"
-        for prefix in [k.removesuffix(end[1:]) for k in tensors if f".{k}".endswith(end)]:
-            below = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            children = list(dict.fromkeys(k.split(".")[0] for k in below))
-            numbers = sorted(filter(str.isdecimal, children), key=int)
-            names = dict(zip(numbers if first == "0" else stages, stages, strict=False))
-            state = {}
-            for key, value in below.items():
-                child, _, inner = key.partition(".")
-                if child in names:
-                    name = f"{names[child]}.{inner}" if inner else names[child]
-                    # as pytorch-cifar, SupContrast and lightly call it
-                    name = name if name in own else name.replace(".shortcut.", ".downsample.")
-                    state[name] = value
-            candidates.setdefault(prefix, with_counters(state, own))
-    return candidates
-
-
-def _words(prefix: str) -> set[str]:
-    """EMAModel.encoder_k. -> ema, model, encoder, k"""
-    return {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", prefix)}
-
-
-def _same(state: dict, other: dict, names) -> bool:
-    """Whether two state dicts hold the same values under `names`."""
-    pairs = [(state[k], other[k]) for k in names]
-    return all(_plain(a) and _plain(b) and torch.equal(a.double(), b.double()) for a, b in pairs)
-
-
-def _plain(value: Tensor) -> bool:
-    """Whether it holds one number per element: not sparse, quantized, sharded or on "meta"."""
-    packed = value.is_quantized or "float4" in str(value.dtype)
-    whole = type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu"
-    return whole and value.layout == torch.strided and not packed
-
-
-def with_counters(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the batch norms' counters at 0 where it lacks them, as older files do.
-
-    torchvision's published ImageNet weights are such files; torch loads them in the same way.
-    """
-    missing = [k for k in own if k.endswith(COUNTER) and k not in state]
-    return state | {k: torch.zeros_like(own[k]) for k in missing}
-
-
 def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copy `state` into the encoder; UserError with the first names unless all fit exactly.
 
@@ -249,7 +146,7 @@ def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> N
     state = {k: v for k, v in state.items() if not k.startswith("fc.")}
     own = encoder.state_dict()
     state = with_counters(state, own)
-    for name in (k for k, v in state.items() if not _plain(v)):
+    for name in (k for k, v in state.items() if not is_plain(v)):
         text = "sparse, quantized, sharded or without values; save plain tensors"
         raise UserError(f"{source}: {name} is {text}")
     # what overflows float32 is then found not to be finite
@@ -295,17 +192,18 @@ def _download(url: str, target: Path) -> None:
         ) from None
 
 
-def initialise(encoder: nn.Module, config, mean: list, std: list) -> tuple[list, list]:
-    """Load what --init names into the encoder; returns the mean and std its inputs need.
+def initialise(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:
+    """The encoder as --init says, and the mean and std that its inputs need.
 
-    config   EncoderConfig; mean and std are those of the data, used where --init names no other
+    images   whose mean and std are used where --init names no others
     """
+    encoder = build_encoder(config)
     if config.init == "random":
-        return mean, std
+        return encoder, *images.statistics()
     if config.init == "imagenet":
         state = imagenet_weights(config.arch, config.stem, config.width)
         load_weights(encoder, state, "--init imagenet")
-        return IMAGENET_MEAN, IMAGENET_STD
+        return encoder, TORCHVISION["mean"], TORCHVISION["std"]
     weights = read_weights(config.init, "--init")
     weights.load_into(encoder, config, f"--init {config.init}")
-    return weights.meta.get("mean", mean), weights.meta.get("std", std)
+    return encoder, *weights.normalization(images)

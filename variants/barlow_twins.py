@@ -6,7 +6,6 @@ torchrun -m variants.barlow_twins --gpus 4
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
@@ -45,14 +44,6 @@ class BarlowTwins(Method):
             layers += [nn.Linear(inputs, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(inplace=True)]
             inputs = d
         self.projector = nn.Sequential(*layers, nn.Linear(d, d, bias=False))
-
-    def forward(self, view1, view2):
-        representation = [self.encoder(view) for view in (view1, view2)]
-        projection = [self.projector(y) for y in representation]
-        return {
-            "representation": torch.stack(representation),
-            "projection": torch.stack(projection),
-        }
 
     def loss(self, outputs):
         """Squared distance of the correlation over the GLOBAL batch to the identity (eq. 1)."""

@@ -11,13 +11,17 @@ import numpy as np
 
 import train_byol
 from byol.byol import BYOL
-from byol.networks import EncoderConfig
+from core.errors import UserError
+from core.files import write_json
+from core.options import RunConfig, read_config, spell
 from data.datasets import DataConfig
 from eval.classifiers import LinearConfig, MLPConfig
-from reproduce import HIDE, ReproduceConfig, Table, control_rows, frozen, frozen_rows, pretrained
+from eval.trained import load, prepare
+from reproduce import HIDE, ReproduceConfig, Table, control_rows, frozen, frozen_rows
 from training.command import execute
-from training.config import OptimConfig, RunConfig, UserError, read_config, spell
-from training.run_folder import read_metrics, say, write_json
+from training.encoder import EncoderConfig
+from training.optimizers import OptimConfig
+from training.run_folder import read_metrics, say
 from variants.barlow_twins import BarlowTwins
 from variants.dino import DINO
 from variants.moco_v3 import MoCoV3
@@ -59,11 +63,9 @@ def run(config, processes) -> dict:
         for seed in range(config.reproduce.seeds):
             folder = f"{method.name}-seed{seed}"
             words = [*table.command(folder), *optim, "--seed", str(seed)]
-            result = train_byol.run(train_byol.configure(words, method), processes, method)
-            if "stopped" in result:
-                return {"stopped": True}
+            train_byol.run(train_byol.configure(words, method), processes, method)
             rows = {f"{method.name}-linear": "linear", f"{method.name}-knn": "knn"}
-            features = frozen(table, functools.partial(pretrained, table, table.out / folder))
+            features = frozen(table, functools.partial(load, table.out / folder))
             frozen_rows(table, rows, "random", seed, features)
             rows = read_metrics(table.out / folder / "metrics.jsonl")
             rates += [row["images_per_second"] for row in rows[1:]]
@@ -117,7 +119,7 @@ def markdown(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run from the command line."""
-    return execute(configure, run, argv)
+    return execute(configure, run, prepare, argv)
 
 
 if __name__ == "__main__":

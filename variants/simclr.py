@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from byol.networks import mlp
+from byol.byol import mlp
 from train_byol import main
 from training.distributed import gather, own_rank
 from training.method import Method, option
@@ -51,14 +51,6 @@ class SimCLR(Method):
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(encoder, config)
         self.projector = mlp(encoder.feature_size, config.hidden, config.projection)
-
-    def forward(self, view1, view2):
-        representation = [self.encoder(view) for view in (view1, view2)]
-        projection = [self.projector(y) for y in representation]
-        return {
-            "representation": torch.stack(representation),
-            "projection": torch.stack(projection),
-        }
 
     def loss(self, outputs):
         """Mean over both views of all images (Algorithm 1)."""

@@ -6,7 +6,6 @@ torchrun -m variants.simsiam --gpus 4
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
@@ -39,16 +38,6 @@ class SimSiam(Method):
             *block(encoder.feature_size, d), relu, *block(d, d), relu, *block(d, d)
         )
         self.predictor = nn.Sequential(*block(d, config.hidden), relu, nn.Linear(config.hidden, d))
-
-    def forward(self, view1, view2):
-        representation = [self.encoder(view) for view in (view1, view2)]
-        projection = [self.projector(y) for y in representation]
-        prediction = [self.predictor(z) for z in projection]
-        return {
-            "representation": torch.stack(representation),
-            "projection": torch.stack(projection),
-            "prediction": torch.stack(prediction),
-        }
 
     def parameter_groups(self, weight_decay):
         """Decay on all parameters; the predictor's rate does not fall (Sec. 4.1, App. A)."""

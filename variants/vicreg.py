@@ -6,7 +6,6 @@ torchrun -m variants.vicreg --gpus 4
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from train_byol import main
@@ -48,14 +47,6 @@ class VICReg(Method):
             layers += [nn.Linear(inputs, d), nn.BatchNorm1d(d), nn.ReLU(inplace=True)]
             inputs = d
         self.projector = nn.Sequential(*layers, nn.Linear(d, d, bias=False))
-
-    def forward(self, view1, view2):
-        representation = [self.encoder(view) for view in (view1, view2)]
-        projection = [self.projector(y) for y in representation]
-        return {
-            "representation": torch.stack(representation),
-            "projection": torch.stack(projection),
-        }
 
     def loss(self, outputs):
         """The weighted sum over the GLOBAL batch (eq. 6), averaged as in the authors' code.

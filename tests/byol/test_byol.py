@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from byol.byol import BYOL, target_decay
-from byol.networks import Encoder
+from byol.byol import BYOL, mlp, target_decay
+from training.encoder import Encoder
 
 
 def build(**options) -> BYOL:
@@ -178,3 +179,18 @@ def test_tau_goes_from_its_base_to_just_under_1():
     assert 0 < 1 - last < 0.01 * (math.pi / total) ** 2 / 4 * 1.001
     values = [target_decay(0.99, k / total) for k in range(total)]
     assert values == sorted(values)
+
+
+def test_heads_start_truncated_at_two_scales():
+    head = mlp(256, 1024, 128)
+    linear1, norm, relu, linear2 = head
+    assert isinstance(norm, nn.BatchNorm1d) and isinstance(relu, nn.ReLU)
+    assert (norm.eps, norm.momentum) == (1e-5, 0.1)
+    assert linear2.bias is None and (linear1.bias == 0).all()
+    assert linear1.weight.shape == (1024, 256) and linear2.weight.shape == (128, 1024)
+    for weight in (linear1.weight, linear2.weight):
+        scale = weight.shape[1] ** -0.5
+        assert 1.97 * scale < weight.abs().max() <= 2 * scale
+        # a normal cut at 2 sigma: var = 1 - 4 phi(2) / (Phi(2) - Phi(-2)) = 0.77374
+        assert weight.std().item() == pytest.approx(0.77374**0.5 * scale, rel=1e-2)
+        assert weight.mean().abs() < 4 * scale / weight.numel() ** 0.5

@@ -16,10 +16,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from byol.byol import BYOL
-from byol.networks import Encoder
 from data.images import Images
 from data.loader import VIEWS, Loader, generator
 from data.views import View2Config, ViewConfig, draw
+from training.encoder import Encoder
 from training.loop import train_steps
 from training.optimizers import build_optimizer
 from training.precision import Precision

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.errors import UserError
 from data import cifar10
 from data.datasets import DataConfig
-from training.config import UserError
 
 
 def rows(count, seed):

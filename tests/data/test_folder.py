@@ -11,8 +11,8 @@ from folders import CONFIG, SIZE, flat, packed, picture, pixels, reds, save
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from data import folder
-from training.config import UserError
+from core.errors import UserError
+from data import decode, folder
 
 
 def test_splits_classes_and_order(root):
@@ -49,7 +49,7 @@ def test_images_without_classes(tmp_path):
 
 
 def test_more_images_than_a_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "BLOCK", 3)
+    monkeypatch.setattr(decode, "BLOCK", 3)
     for n in range(10):
         flat(tmp_path / "train" / "ab"[n % 2] / f"{n}.png", (n, 0, 0))
     (tmp_path / "train" / "a" / "4.png").write_bytes(b"")
@@ -246,8 +246,8 @@ def test_links_are_followed_but_not_in_circles(root):
 @pytest.fixture
 def decoded(monkeypatch):
     """The names of the files that are decoded."""
-    names, decode = [], folder.decode
-    monkeypatch.setattr(folder, "decode", lambda p, s: (names.append(p.name), decode(p, s))[1])
+    names, real = [], decode.decode
+    monkeypatch.setattr(decode, "decode", lambda p, s: (names.append(p.name), real(p, s))[1])
     return names
 
 

@@ -18,9 +18,9 @@ import torch
 from folders import CONFIG, flat, packed, reds
 from PIL import Image
 
-from data import folder
+from core.errors import UserError
+from data import decode, folder, listing
 from data.preview import mosaic, save_png
-from training.config import UserError
 
 
 def told(capsys) -> str:
@@ -98,14 +98,14 @@ def test_a_file_that_cannot_be_read_is_left_out_and_named(open_folder, capfd):
 def test_an_image_that_was_out_of_reach_comes_back(root, monkeypatch):
     """As a cloud's or a network's file, which is the same when it can be read again."""
     with monkeypatch.context() as patch:
-        decode = folder.decode
+        real = decode.decode
 
         def offline(path, size):
             if path.name == "a.png":
                 raise TimeoutError(110, "Connection timed out")
-            return decode(path, size)
+            return real(path, size)
 
-        patch.setattr(folder, "decode", offline)
+        patch.setattr(decode, "decode", offline)
         for _ in range(2):
             assert reds(packed(root).train) == [12, 10, 13]
     assert reds(packed(root).train) == [12, 11, 10, 13]
@@ -218,7 +218,7 @@ def test_links_that_have_changed_places_are_packed_again(root, monkeypatch):
         flat(pool / f"{red}.bmp", (red, 0, 0))
     equal = real(pool / "100.bmp")
     same = lambda path, **how: equal if "bmp" in str(path) else real(path, **how)  # noqa: E731
-    monkeypatch.setattr(folder.os, "stat", same)
+    monkeypatch.setattr(listing.os, "stat", same)
     linked(root, ("train/cat/a.bmp", pool / "100.bmp"), ("train/dog/a.bmp", pool / "101.bmp"))
     assert reds(packed(root).train) == [12, 100, 11, 10, 101, 13]
     (root / "train/cat/a.bmp").rename(root / "x")
@@ -252,7 +252,7 @@ def test_of_any_links_each_image_is_packed_once_or_one_line_says_why(tmp_path):
         for n in range(rng.randint(1, 3)):
             os.symlink(rng.choice([*folders, top]), rng.choice(folders) / f"link{n}")
         try:
-            found = list(folder.walk(top / "root")[0].values())
+            found = list(listing.walk(top / "root")[0].values())
             assert len(found) == len(set(found)) and set(found) == reachable(top / "root"), seed
             outcomes.append("packed")
         except UserError as error:
@@ -264,7 +264,7 @@ def test_of_any_links_each_image_is_packed_once_or_one_line_says_why(tmp_path):
 def test_pipes_are_no_images(root):
     """Opening one would wait for ever."""
     os.mkfifo(root / "train" / "cat" / "pipe.png")
-    assert "train/cat/pipe.png" not in folder.walk(root)[0]
+    assert "train/cat/pipe.png" not in listing.walk(root)[0]
 
 
 def test_a_tree_of_any_depth_is_walked(tmp_path):
@@ -274,7 +274,7 @@ def test_a_tree_of_any_depth_is_walked(tmp_path):
     (tmp_path / deep / "1.png").touch()
     sys.setrecursionlimit(len(traceback.extract_stack()) + 50)
     try:
-        assert folder.image_files(tmp_path) == [deep + "1.png"]
+        assert listing.image_files(tmp_path) == [deep + "1.png"]
     finally:
         sys.setrecursionlimit(limit)
 
@@ -294,7 +294,7 @@ def test_what_we_wrote_ourselves_is_no_data(trained_run, tmp_path, monkeypatch):
         flat(tmp_path / name / "results.png", (99, 0, 0))
         (tmp_path / name / "settings.json").write_text("{}")
         (tmp_path / name / "cells.jsonl").write_text("")
-    tile = folder.decode(tmp_path / "0.png", 8).pixels
+    tile = decode.decode(tmp_path / "0.png", 8).pixels
     save_png(mosaic([[torch.from_numpy(tile) / 255]]), tmp_path / "preview.png")
     assert reds(packed(Path()).unlabelled) == first == [0, 1, 2, 3]
     assert len(packed(Path(), strict=True).unlabelled) == 4

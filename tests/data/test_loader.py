@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from core.errors import UserError
 from data.images import Images
 from data.loader import Loader, generator
 from data.views import View2Config, ViewConfig
-from training.config import UserError
-from training.distributed import Processes
 
 COUNT, SIZE, BATCH = 48, 12, 16
 PIXELS = np.random.default_rng(0).integers(0, 256, (COUNT, 3, SIZE, SIZE), dtype=np.uint8)
@@ -19,7 +18,7 @@ def loader(images=None, rank=0, world_size=1, **changes):
     settings = dict(
         images=images or Images([PIXELS]), labels=np.arange(COUNT), crop_size=SIZE,
         views=(ViewConfig(), View2Config()), batch_size=BATCH, mean=[0.0] * 3, std=[1.0] * 3,
-        processes=Processes(rank, world_size, torch.device("cpu")),
+        rank=rank, world_size=world_size,
     )  # fmt: skip
     return Loader(**(settings | changes))
 

@@ -10,9 +10,10 @@ import pytest
 from folders import SIZE, flat, packed, picture, pixels, reds, save
 from PIL import Image
 
-from data import datasets, folder
+from core.errors import UserError, warn_once
+from data import decode
 from data.datasets import DataConfig
-from training.config import UserError
+from data.transform import EvalTransform
 
 
 def told(capsys) -> str:
@@ -312,7 +313,7 @@ def test_what_is_held_in_memory_counts(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="40,000 pixels.*save it smaller"):
             pixels(tmp_path / name, size)
     save(tmp_path / "e.png", picture(200, 200))
-    (error,) = folder.decode_all([tmp_path / "e.png"], SIZE)
+    (error,) = decode.decode_all([tmp_path / "e.png"], SIZE)
     assert "40000 pixels" in error
 
 
@@ -342,16 +343,16 @@ def test_bombs_inside_other_formats(tmp_path, ending):
         "gif": b"GIF89a\1\0\1\0\x80\0\0" + bytes(6) + b"," + frame + b"\2\2\x44\1\0;",
     }
     (tmp_path / f"a.{ending}").write_bytes(content[ending])
-    (error,) = folder.decode_all([tmp_path / f"a.{ending}"], SIZE)
+    (error,) = decode.decode_all([tmp_path / f"a.{ending}"], SIZE)
     assert "3600000000 pixels" in error
 
 
 def test_crops_larger_than_the_stored_images_are_warned_of_once(capsys):
-    datasets.warn_enlarged.cache_clear()
+    warn_once.cache_clear()
     for _ in range(2):
-        assert datasets.evaluation_sizes(DataConfig(crop_size=224), (160, 160)) == (256, 224)
+        EvalTransform.of(DataConfig(crop_size=224), (160, 160), [0.5] * 3, [0.2] * 3)
     assert told(capsys).count("images of 160 pixels are enlarged to 224: lower --crop-size") == 1
-    datasets.evaluation_sizes(DataConfig(crop_size=128), (160, 160))
+    EvalTransform.of(DataConfig(crop_size=128), (160, 160), [0.5] * 3, [0.2] * 3)
     assert told(capsys) == ""
 
 

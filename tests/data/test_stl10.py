@@ -10,9 +10,9 @@ import time
 import numpy as np
 import pytest
 
+from core.errors import UserError
 from data import stl10
 from data.datasets import DataConfig
-from training.config import UserError
 
 DOWNLOAD = DataConfig(download=True)
 

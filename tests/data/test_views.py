@@ -5,9 +5,10 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from core.errors import UserError
 from data import views
-from data.views import View2Config, ViewConfig, apply, draw, frame, normalise
-from training.config import UserError
+from data.transform import frame
+from data.views import View2Config, ViewConfig, apply, draw, normalise
 
 TAPS = {96: 9, 64: 7, 48: 5, 32: 3, 28: 3, 224: 23}  # the specification's 2 * int(size / 20) + 1
 CLOSE = dict(atol=1e-5, rtol=0)

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from byol.networks import Encoder
-from data.datasets import Labelled
 from data.images import Images
+from data.labelled import Labelled
 from data.loader import Loader
+from data.transform import EvalTransform
 from data.views import ViewConfig
 from eval.augmented import AugmentedConfig, fit_augmented, train_layers
-from eval.features import FrozenEncoder
+from eval.frozen import FrozenEncoder
 from training.distributed import SINGLE, Processes
+from training.encoder import Encoder
 
 MEAN, STD, CROP, SEED = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3], 12, 3
 
@@ -30,7 +31,7 @@ def labelled(count=45) -> Labelled:
 def frozen(processes=SINGLE) -> FrozenEncoder:
     torch.manual_seed(0)
     encoder = Encoder("resnet18", "small", 1 / 16).train()
-    return FrozenEncoder(encoder, MEAN, STD, (0, 0), processes)
+    return FrozenEncoder(encoder, EvalTransform(MEAN, STD), processes)
 
 
 def by_hand(rate: float, epochs: int, batch: int):

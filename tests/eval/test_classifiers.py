@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from byol.networks import Encoder
 from data import datasets
-from data.datasets import stratified_folds
+from data.labelled import stratified_folds
+from data.transform import EvalTransform
 from eval.classifiers import (
     STRENGTHS,
     MLPConfig,
@@ -20,6 +20,7 @@ from eval.classifiers import (
     standardisation,
 )
 from eval.features import extract
+from training.encoder import Encoder
 
 
 def problem(count, size, classes=4, spread=1.5, seed=0):
@@ -67,7 +68,8 @@ def test_on_real_features_it_is_scikit_learns():
     torch.manual_seed(0)
     encoder, strength = Encoder("resnet18", "small", 0.25), 0.01
     sets = data.train, data.test.subset(np.arange(2000))
-    features, test = (extract(encoder, images, [0.3] * 3, [0.35] * 3) for images in sets)
+    transform = EvalTransform([0.3] * 3, [0.35] * 3)
+    features, test = (extract(encoder, images, transform) for images in sets)
     labels = torch.from_numpy(data.train_labels)
     mine = fit_linear(features, labels, 10, strength)
     x, other = (((f - mine.mean) / mine.std).double().numpy() for f in (features, test))

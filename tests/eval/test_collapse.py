@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train_byol
-from byol.networks import Encoder
 from data.images import Images
+from data.transform import EvalTransform
 from eval.collapse import (
     alignment,
     collapse_alarms,
@@ -19,6 +19,7 @@ from eval.collapse import (
     uniformity,
 )
 from eval.features import extract
+from training.encoder import Encoder
 
 
 def sphere(count=400, size=32, seed=0):
@@ -90,7 +91,9 @@ def test_a_rank_that_falls_to_10_of_512_is_told():
     rng = np.random.default_rng(0)
     smooth = rng.integers(0, 256, (300, 3, 4, 4), np.uint8).repeat(4, 2).repeat(4, 3)
     torch.manual_seed(0)
-    start = extract(Encoder("resnet18", "small"), Images([smooth]), [0.5] * 3, [0.25] * 3)
+    start = extract(
+        Encoder("resnet18", "small"), Images([smooth]), EvalTransform([0.5] * 3, [0.25] * 3)
+    )
     low = sphere(300, 10) @ torch.linalg.qr(sphere(512, 10, 1)).Q.T
 
     def figures(x):

@@ -6,18 +6,18 @@ import sys
 import pytest
 import torch
 
-from byol.networks import Encoder
 from eval import export
-from eval.trained import load_encoder
+from eval.trained import load
+from training.encoder import Encoder
 from training.weights import read_weights, save_encoder
 
 
 def features_of(run, images):
     """By the encoder as evaluations use it."""
-    frozen, _ = load_encoder(read_weights(run), "x", "cpu")
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (frozen.mean, frozen.std))
+    encoder, transform = load(run)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.mean, transform.std))
     with torch.no_grad():
-        return frozen.encoder((images - mean) / std)
+        return encoder((images - mean) / std)
 
 
 @pytest.fixture

@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from byol.networks import Encoder
 from data.images import Images
-from eval.features import extract, pixels
+from data.transform import EvalTransform
+from eval.features import extract
+from eval.frozen import pixels
 from training.distributed import Processes
+from training.encoder import Encoder
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+TRANSFORM = EvalTransform(MEAN, STD)
 
 
 def images(count=23, channels=3, side=8) -> Images:
@@ -45,14 +48,14 @@ def by_hand(pictures: Images) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 100])
 def test_features_are_in_order_whatever_the_batch(batch_size):
-    found = extract(encoder(), images(), MEAN, STD, batch_size=batch_size)
+    found = extract(encoder(), images(), TRANSFORM, batch_size=batch_size)
     assert found.dtype == torch.float32 and not found.requires_grad
     torch.testing.assert_close(found, by_hand(images()), rtol=1e-4, atol=1e-5)
 
 
 def on_ranks(count, batch_size):
     processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    return extract(encoder(), images(count), MEAN, STD, (0, 0), processes, batch_size)
+    return extract(encoder(), images(count), TRANSFORM, processes, batch_size)
 
 
 @pytest.mark.parametrize("count, batch_size", [(23, 5), (24, 12), (3, 5)])
@@ -66,7 +69,7 @@ def test_two_processes_compute_the_same_as_one(count, batch_size):
 def test_mode_and_statistics_are_left_as_they_were(training):
     network = encoder().train(training)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    extract(network, images(), MEAN, STD)
+    extract(network, images(), TRANSFORM)
     assert all(module.training is training for module in network.modules())
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
@@ -75,13 +78,13 @@ def test_evaluation_geometry_is_used():
     seen = []
     network = encoder()
     network.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-    extract(network, images(3, side=40), MEAN, STD, (20, 16))
+    extract(network, images(3, side=40), EvalTransform(MEAN, STD, 20, 16))
     assert seen == [(3, 3, 16, 16)]
 
 
 def test_features_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
-        assert extract(encoder(), images(), MEAN, STD).dtype == torch.float32
+        assert extract(encoder(), images(), TRANSFORM).dtype == torch.float32
 
 
 def test_pixels_are_values_in_0_to_1_and_grey_ones_come_once():

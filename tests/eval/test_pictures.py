@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.errors import UserError
 from eval import pictures, report
 from eval.pictures import save
 from eval.table import Cells
-from training.config import UserError
 
 ROOT = Path(report.__file__).parents[1]
 
@@ -125,7 +125,7 @@ from types import SimpleNamespace
 
 import reproduce
 from eval import report
-from training.config import UserError
+from core.errors import UserError
 from training.distributed import SINGLE
 
 def gone(config):

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from data.datasets import DataConfig, Labelled, Split
+from core.options import RunConfig
+from data.datasets import DataConfig
+from data.labelled import Labelled, Split
 from eval.protocols import PROTOCOLS, of_head, over_folds, record
-from training.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -231,7 +231,7 @@ def test_the_map_needs_no_extra_package(sample, trained_run, monkeypatch):
 
 
 def test_data_that_is_gone_costs_only_the_sections_that_need_it(table, monkeypatch):
-    from training.config import UserError
+    from core.errors import UserError
 
     def gone(config):
         raise UserError("--data-root gone: no such folder")

@@ -11,12 +11,13 @@ from PIL import Image
 
 import finetune
 import linear_eval
-from data.folder import decode
+from data.decode import decode
 from data.images import Images
+from data.transform import EvalTransform
 from eval import embed, predict, retrieve
 from eval.features import extract
-from eval.trained import load_encoder
-from training.weights import IMAGENET_MEAN, read_weights
+from eval.trained import load
+from training.weights import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +146,14 @@ def test_features_come_with_labels_and_the_names_of_their_files(trained_run, min
     assert found["features"].shape == (30, 64) and found["features"].dtype == np.float32
     assert found["classes"].tolist() == ["a", "b"]
     labels = {"train/a": 0, "train/b": 1, "test/a": 0, "test/b": 1, "unlabelled": -1}
-    weights = read_weights(trained_run)
-    frozen, side = load_encoder(weights, "x", "cpu")
-    assert side == 28 and len(set(found["files"])) == 30
+    encoder, transform = load(trained_run)
+    assert transform.stored == 28 and len(set(found["files"])) == 30
     for name, label, split, row in zip(
         found["files"], found["labels"], found["splits"], found["features"], strict=True
     ):
         assert label == labels[name.rpartition("/")[0]] and split == name.split("/")[0]
         images = Images([decode(mine / str(name), 28).pixels[None]])
-        own = extract(frozen.encoder, images, weights.meta["mean"], weights.meta["std"])
+        own = extract(encoder, images, transform)
         torch.testing.assert_close(torch.from_numpy(row), own[0], rtol=1e-4, atol=1e-5)
 
 
@@ -183,12 +183,14 @@ def test_bare_weights_are_evaluated_and_predict_with_what_the_evaluation_used(
 
 def test_weights_carry_their_geometry(trained_run, tmp_path):
     shutil.copy(trained_run / "encoder.pt", tmp_path / "encoder.pt")
-    frozen, side = load_encoder(read_weights(tmp_path / "encoder.pt"), "x", "cpu")
-    assert side == 28 and frozen.sizes == (0, 0)
-    assert frozen.mean == read_weights(trained_run).meta["mean"]
+    _, transform = load(tmp_path / "encoder.pt")
+    assert (transform.size, transform.crop, transform.stored) == (0, 0, 28)
+    assert transform.mean == read_weights(trained_run).meta["mean"]
 
 
 def test_weights_that_say_nothing_are_taken_for_torchvisions(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
-    frozen, side = load_encoder(read_weights(tmp_path / "resnet18.pth"), "x", "cpu")
-    assert (side, frozen.sizes, frozen.mean) == (256, (256, 224), IMAGENET_MEAN)
+    _, transform = load(tmp_path / "resnet18.pth")
+    assert transform == EvalTransform(
+        [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], size=256, crop=224, stored=256
+    )

@@ -14,9 +14,10 @@ import forked
 import pytest
 import torch
 
+from core.errors import RunError, UserError
+from core.files import write_atomically
 from training import checkpoints as module
-from training.checkpoints import Checkpoints, load_file, rejected, save_file, write_atomically
-from training.config import RunError, UserError
+from training.checkpoints import Checkpoints, load_file, rejected, save_file
 from training.distributed import SINGLE
 from training.run_folder import RunFolder
 

@@ -12,7 +12,8 @@ import finetune
 import linear_eval
 import train_baseline
 import train_byol
-from training.config import UserError, as_dict, differences, option, read_config, spell
+from core.errors import UserError
+from core.options import as_dict, differences, option, read_config, spell
 from variants.barlow_twins import BarlowTwins
 from variants.dino import DINO
 from variants.moco_v3 import MoCoV3

@@ -14,13 +14,13 @@ from conftest import digest
 
 import train_byol
 from byol.byol import BYOL
-from byol.networks import Encoder
+from core.errors import UserError
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
 from training import distributed
 from training.checkpoints import Checkpoints
-from training.config import UserError
 from training.distributed import RELAUNCHED, Processes, relaunch_if_needed
+from training.encoder import Encoder
 from training.loop import train_steps
 from training.optimizers import build_optimizer
 from training.precision import Precision
@@ -36,7 +36,8 @@ def train(images, accumulate: int, optimizer: str = "lars", batch_norm: str = "s
     encoder = Encoder("resnet18", "small", 1 / 16)
     method = BYOL(encoder, BYOL.Config(hidden=16, projection=8)).double()
     loader = Loader(images, None, (ViewConfig(), View2Config()), 8, 16, *images.statistics(),
-                    accumulate=accumulate, processes=processes, dtype=torch.float64)  # fmt: skip
+                    accumulate=accumulate, rank=processes.rank, world_size=ranks,
+                    dtype=torch.float64)  # fmt: skip
     model = distributed.wrap(method, processes, batch_norm)
     groups = build_optimizer(optimizer, method.parameter_groups(1e-3), 0.9)
     precision, losses = Precision("fp32", CPU), []

@@ -11,8 +11,9 @@ import train_byol
 from data.images import Images
 from data.loader import Loader
 from data.views import ViewConfig
+from eval.online import OnlineProbe
 from training.loop import seed_step, train_steps
-from training.method import Method, OnlineProbe, option
+from training.method import Method, option
 from training.precision import Precision
 
 CPU = torch.device("cpu")

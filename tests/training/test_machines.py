@@ -20,13 +20,12 @@ import torch
 from conftest import TINY
 from launchers import ROOT, newest, rows
 
-from byol.networks import EncoderConfig
-from training import locks, weights
-from training.checkpoints import write_atomically
-from training.command import Console, one_line_errors
-from training.config import RunError, UserError
+from core import errors
+from core.errors import Console, RunError, UserError, one_line_errors
+from core.files import locked, open_locked, write_atomically
+from training import weights
 from training.distributed import RELAUNCHED, SINGLE, relaunch_if_needed
-from training.locks import locked, open_locked
+from training.encoder import EncoderConfig
 from training.run_folder import RunFolder, check_place
 from training.stopping import Watch
 
@@ -42,7 +41,7 @@ def no_locks(monkeypatch, request):
         raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    locks._warn.cache_clear()
+    errors.warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("no_locks", LACKING, indirect=True)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from byol.byol import BYOL
-from byol.networks import Encoder
-from training.method import Method, OnlineProbe
+from eval.online import OnlineProbe
+from training.encoder import Encoder
+from training.method import Method
 from training.optimizers import LARS, build_optimizer
 
 RATES = [0.0, 0.3, 0.7, 0.2]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from core.errors import UserError
 from training import precision as module
-from training.config import UserError
 from training.precision import Precision, pick_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

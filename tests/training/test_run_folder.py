@@ -12,9 +12,10 @@ import torch
 import data.sample
 import train_byol
 from byol.byol import BYOL
-from training.config import UserError
+from core.errors import UserError
+from core.files import write_json
 from training.distributed import SINGLE, Processes
-from training.run_folder import RunFolder, check_free, read_metrics, write_json
+from training.run_folder import RunFolder, check_free, read_metrics
 
 QUIET = Processes(0, 1, torch.device("cpu"), quiet=True)
 

@@ -14,9 +14,9 @@ import train_baseline
 import train_byol
 from baseline.baseline import Baseline
 from byol.byol import BYOL
+from core.errors import RunError
 from training import stopping
 from training.checkpoints import Checkpoints
-from training.config import RunError
 from training.distributed import SINGLE
 from training.stopping import Watch
 

@@ -18,16 +18,10 @@ import linear_eval
 import reproduce
 import train_baseline
 import train_byol
-from byol.networks import Encoder, EncoderConfig
-from training.config import UserError
-from training.weights import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    initialise,
-    load_weights,
-    read_weights,
-    save_encoder,
-)
+from core.errors import UserError
+from eval.trained import tables_of
+from training.encoder import Encoder, EncoderConfig
+from training.weights import TORCHVISION, initialise, load_weights, read_weights, save_encoder
 
 META = {"arch": "resnet18", "stem": "small", "width": 0.125, "mean": [0.5] * 3, "std": [0.25] * 3}
 
@@ -48,6 +42,14 @@ def run(sample, recipe, tmp_path) -> Path:
     return out
 
 
+class Statistics:
+    """A data set's mean and standard deviation."""
+
+    @staticmethod
+    def statistics():
+        return [0.1] * 3, [0.2] * 3
+
+
 def test_everything_that_a_run_leaves_loads_equal(run, tmp_path):
     trained = {k.removeprefix("encoder."): v for k, v in state_of(run, 10)["model"].items()
                if k.startswith("encoder.")}  # fmt: skip
@@ -61,7 +63,7 @@ def test_everything_that_a_run_leaves_loads_equal(run, tmp_path):
     for path in paths[:3]:
         weights = read_weights(path)
         assert weights.folder == run
-        shared, recipe_tables = weights.tables()
+        shared, recipe_tables = tables_of(weights)
         assert recipe_tables["finetune"]["steps"] == 5
         assert shared["encoder"] == {"arch": "resnet18", "stem": "small",
                                      "width": 0.125, "init": "random"}  # fmt: skip
@@ -447,20 +449,20 @@ def test_init_from_a_file_brings_weights_and_normalisation(tmp_path):
     source, path = encoder(seed=3), tmp_path / "encoder.pt"
     save_encoder(path, source, META)
     config = EncoderConfig(stem="small", width=0.125, init=str(path))
-    target = encoder(seed=4)
-    assert initialise(target, config, [0.1] * 3, [0.2] * 3) == ([0.5] * 3, [0.25] * 3)
+    target, *normalization = initialise(config, Statistics)
+    assert normalization == [[0.5] * 3, [0.25] * 3]
     assert same(target.state_dict(), source.state_dict())
     # stl, cifar and small have equal shapes: the file says which one it is
     with pytest.raises(UserError, match="--stem small, not cifar"):
-        initialise(encoder("cifar"), EncoderConfig(stem="cifar", width=0.125, init=str(path)),
-                   [0.1] * 3, [0.2] * 3)  # fmt: skip
+        initialise(EncoderConfig(stem="cifar", width=0.125, init=str(path)), Statistics)
 
 
 def test_init_random_keeps_the_datas_normalisation():
-    target = encoder()
-    before = {k: v.clone() for k, v in target.state_dict().items()}
-    assert initialise(target, EncoderConfig(), [0.1] * 3, [0.2] * 3) == ([0.1] * 3, [0.2] * 3)
-    assert same(target.state_dict(), before)
+    config = EncoderConfig(stem="small", width=0.125)
+    torch.manual_seed(5)
+    target, *normalization = initialise(config, Statistics)
+    assert normalization == [[0.1] * 3, [0.2] * 3]
+    assert same(target.state_dict(), encoder(seed=5).state_dict())
 
 
 # --init imagenet
@@ -503,8 +505,8 @@ def test_init_imagenet_starts_from_torchvisions_cache(sample, recipe, tmp_path, 
     weights = read_weights(out)
     assert torch.equal(weights.tensors["layer4.1.conv2.weight"],
                        cached["layer4.1.conv2.weight"])  # fmt: skip
-    assert weights.meta["mean"] == [0.485, 0.456, 0.406] == IMAGENET_MEAN
-    assert weights.meta["std"] == [0.229, 0.224, 0.225] == IMAGENET_STD
+    assert weights.meta["mean"] == [0.485, 0.456, 0.406] == TORCHVISION["mean"]
+    assert weights.meta["std"] == [0.229, 0.224, 0.225] == TORCHVISION["std"]
     assert weights.meta["init"] == "imagenet"
 
 
@@ -541,7 +543,7 @@ def test_C10_a_malicious_file_in_the_cache_is_not_run(cache, tmp_path):
     cache.parent.mkdir(parents=True)
     torch.save({"a": Evil(tmp_path / "sentinel")}, cache)
     with pytest.raises(UserError):
-        initialise(encoder("imagenet", 1), EncoderConfig(init="imagenet"), [0.5] * 3, [0.5] * 3)
+        initialise(EncoderConfig(init="imagenet"), Statistics)
     assert not (tmp_path / "sentinel").exists()
 
 

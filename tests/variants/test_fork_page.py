@@ -18,9 +18,9 @@ import finetune
 import linear_eval
 import train_byol
 from byol.byol import BYOL, regression_loss
-from byol.networks import ENCODERS, Encoder
 from data import datasets
 from training import loop, session
+from training.encoder import ENCODERS, Encoder
 from variants.simsiam import SimSiam
 
 ROOT = Path(train_byol.__file__).parent

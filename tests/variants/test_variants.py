@@ -12,9 +12,9 @@ from conftest import metrics, trained
 
 import linear_eval
 import train_byol
-from byol.networks import build_encoder
+from core.options import KNOWN_TABLES
 from data import datasets
-from training.config import KNOWN_TABLES
+from training.encoder import build_encoder
 from training.weights import save_encoder
 from variants.barlow_twins import BarlowTwins
 from variants.dino import DINO

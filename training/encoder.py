@@ -1,4 +1,4 @@
-"""The networks: a torchvision ResNet as the encoder, and the MLP of projector and predictor."""
+"""The encoder: a torchvision ResNet without its last layer."""
 
 import functools
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from training.method import option
+from core.options import option
 
 ARCHS = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -93,23 +93,9 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
     return ENCODERS[config.arch](config.stem, config.width, config.zero_init)
 
 
-def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Linear - BatchNorm - ReLU - Linear without bias: projector and predictor (Sec. 3.3).
-
-    The output is not normalised.  Weights start as in the authors' code (haiku's default): normal
-    with scale 1/sqrt(fan_in), cut at two of them, which leaves 0.88 of it as standard deviation.
-    """
-    layers = nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.BatchNorm1d(hidden, eps=1e-5, momentum=0.1),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, outputs, bias=False),
-    )
-    for layer in (layers[0], layers[3]):
-        scale = layer.in_features**-0.5
-        nn.init.trunc_normal_(layer.weight, std=scale, a=-2 * scale, b=2 * scale)
-    nn.init.zeros_(layers[0].bias)
-    return layers
+def describe_encoder(config: EncoderConfig) -> str:
+    """[encoder] in a few words."""
+    return f"{config.arch}, stem {config.stem}, width {config.width:g}, init {config.init}"
 
 
 def parameter_count(module: nn.Module) -> int:

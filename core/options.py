@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from core.errors import UserError
+
 PLAIN = ("data", "encoder", "optim", "run")
 # Tables of other scripts in a recipe are not ours to judge, nor are those of other methods.
 KNOWN_TABLES = (
@@ -32,14 +34,6 @@ KNOWN_TABLES = (
 VARIANTS = Path(__file__).parent.parent / "variants"
 
 
-class UserError(Exception):
-    """Wrong input: one line that names the flag, file or value and what to do next."""
-
-
-class RunError(Exception):
-    """A run that can't go on: one line with the reason, where it stands and what to do next."""
-
-
 def option(default, help: str, *, low=None, high=None, choices=None, trajectory=True):
     """A dataclass field with its help text, its range or choices, and whether it shapes the run.
 
@@ -49,30 +43,6 @@ def option(default, help: str, *, low=None, high=None, choices=None, trajectory=
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass
-class OptimConfig:
-    """[optim]: the optimizer and how long it runs."""
-
-    optimizer: str = option("lars", "optimizer", choices=("lars", "sgd", "adamw"))
-    lr: float = option(
-        2.0, "learning rate: per 256 images for lars and sgd, as it is for adamw", low=0
-    )
-    weight_decay: float = option(1e-6, "weight decay; never on 1-D parameters", low=0)
-    momentum: float = option(0.9, "momentum of lars and sgd", low=0, high=0.9999)
-    batch_size: int = option(256, "GLOBAL batch, images over all processes", low=1)
-    nesterov: bool = option(False, "momentum of sgd in Nesterov's form")
-    accumulate: int = option(1, "micro-batches that a global batch is cut into", low=1)
-    epochs: int = option(100, "epochs over the training images", low=1)
-    steps: int = option(0, "optimizer steps instead of epochs (0: use --epochs)", low=0)
-    max_steps: int = option(0, "upper bound of the steps; the schedules end there", low=0)
-    warmup_epochs: float = option(10, "linear warm-up, at most half of all steps", low=0)
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """K, the number of attempted steps that the schedules run over."""
-        total = self.steps or self.epochs * steps_per_epoch
-        return min(total, self.max_steps) if self.max_steps else total
 
 
 @dataclass

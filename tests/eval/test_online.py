@@ -8,15 +8,20 @@ import pytest
 import torch
 
 from byol.byol import BYOL
-from byol.networks import Encoder
+from data.datasets import Dataset
 from data.images import Images
 from data.loader import Loader
+from data.transform import EvalTransform
 from data.views import View2Config, ViewConfig
+from eval import online as module
 from eval.collapse import collapse_figures
 from eval.features import extract
-from eval.held_out import HeldOut, held_out_order, hold_out_labels
 from eval.knn import knn_top1
+from eval.online import OnlineEval, held_out_order, hold_out_labels
 from training.distributed import SINGLE, Processes
+from training.encoder import Encoder
+
+TRANSFORM = EvalTransform([0.5] * 3, [0.25] * 3)
 
 
 def images(count=60):
@@ -24,15 +29,16 @@ def images(count=60):
     return Images([rng.integers(0, 256, (count, 1, 16, 16), np.uint8)]), np.arange(count) % 3
 
 
-def loader(pictures=None, processes=SINGLE) -> Loader:
+def loader(pictures=None) -> Loader:
     return Loader(images=pictures or images(80)[0], labels=None, crop_size=12, batch_size=8,
-                  views=(ViewConfig(), View2Config()), mean=[0.5] * 3, std=[0.25] * 3,
-                  processes=processes)  # fmt: skip
+                  views=(ViewConfig(), View2Config()), mean=[0.5] * 3, std=[0.25] * 3)  # fmt: skip
 
 
-def held_out(every=1, labelled=True, **options) -> HeldOut:
+def online(every=1, labelled=True, pictures=None, processes=SINGLE, history=()) -> OnlineEval:
     known = images() if labelled else (None, None)
-    return HeldOut(*known, every, loader(**options), (0, 0))
+    data = Dataset(*known, None, None, None, list("abc"))
+    settings = loader(pictures), TRANSFORM, processes, every, 100, history
+    return OnlineEval(data, *settings)
 
 
 def method() -> BYOL:
@@ -45,15 +51,15 @@ def due(watch, index, last=False):
 
 
 def test_it_is_due_after_the_first_step_at_the_cadence_and_at_the_end():
-    watch = held_out(3)
+    watch = online(3)
     assert [due(watch, k) for k in range(7)] == [True, False, True, False, False, True, False]
     assert due(watch, 6, last=True)
-    assert not due(held_out(0), 0) and not due(held_out(0), 5, last=True)
+    assert not due(online(0), 0) and not due(online(0), 5, last=True)
 
 
 def test_queries_are_held_out_of_the_bank():
     pictures, labels = images()
-    watch = held_out()
+    watch = online()
     assert watch.queries == 12
     everything = np.arange(60)
     rows = [row.numpy().tobytes() for row in watch.images.gather(everything)]
@@ -66,12 +72,12 @@ def test_queries_are_held_out_of_the_bank():
     with torch.no_grad():  # it is the online encoder that is measured
         for parameter in byol.target_encoder.parameters():
             parameter.normal_()
-    x = extract(byol.encoder, watch.images, [0.5] * 3, [0.25] * 3)
+    x = extract(byol.encoder, watch.images, TRANSFORM)
     expected = knn_top1(x[12:], watch.labels[12:], x[:12], watch.labels[:12])
-    assert watch.figures(byol, SINGLE, 9)["knn_top1"] == expected
+    assert watch.measure(byol, 9)[0]["knn_top1"] == expected
     byol.probe = torch.nn.Linear(byol.encoder.feature_size, 4)
     right = (byol.probe(x[:12]).argmax(1) == watch.labels[:12]).float().mean().item()
-    assert watch.figures(byol, SINGLE, 9)["online_probe_top1"] == pytest.approx(100 * right)
+    assert watch.measure(byol, 9)[0]["online_probe_top1"] == pytest.approx(100 * right)
 
 
 def test_the_probe_never_sees_the_labels_it_is_measured_on():
@@ -79,7 +85,7 @@ def test_the_probe_never_sees_the_labels_it_is_measured_on():
     everything = np.concatenate([labels, np.full(7, -1)])
     seen = hold_out_labels(everything, labels)
     order, queries = held_out_order(len(labels))
-    assert queries == held_out().queries == 12 and (seen[order[:12]] == -1).all()
+    assert queries == online().queries == 12 and (seen[order[:12]] == -1).all()
     assert (seen[order[12:]] == labels[order[12:]]).all() and (seen[60:] == -1).all()
     assert (everything[:60] == labels).all()
 
@@ -91,11 +97,11 @@ NAMES = [f"{figure}/{o}" for figure in ("std", "rank", "uniformity", "alignment"
 def test_collapse_is_watched_for_online_and_target_with_and_without_labels():
     byol = method().train()
     before = {k: v.clone() for k, v in byol.state_dict().items()}
-    found = held_out().figures(byol, SINGLE, 9)
+    found, _ = online().measure(byol, 9)
     assert set(found) == {"knn_top1", *NAMES}
-    assert set(held_out().figures(byol, SINGLE, 0)) == set(NAMES)
-    unlabelled = held_out(labelled=False)
-    assert set(unlabelled.figures(byol, SINGLE, 9)) == set(NAMES) and len(unlabelled.watched) == 80
+    assert set(online().measure(byol, 0)[0]) == set(NAMES)
+    unlabelled = online(labelled=False)
+    assert set(unlabelled.measure(byol, 9)[0]) == set(NAMES) and len(unlabelled.watched) == 80
     assert byol.training and byol.encoder.training
     after = byol.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items())  # running statistics too
@@ -104,21 +110,28 @@ def test_collapse_is_watched_for_online_and_target_with_and_without_labels():
 def test_without_labels_the_watched_images_come_from_the_whole_set():
     """A folder is stored in the order of its names: the first ones may all be alike."""
     pictures, _ = images(5000)
-    watch = HeldOut(None, None, 1, loader(pictures), (0, 0))
+    watch = online(labelled=False, pictures=pictures)
     index = watch.watched.index
     assert len(set(index)) == 2048 and index.min() < 100 and index.max() > 4900
 
 
-def test_alarms_come_in_the_order_of_time_each_once():
-    """The script prints what is new: the ones after those it has told already."""
-    watch = held_out()
-    watch.dimensions = {"representation": 100, "projection": 100}
-    row = {f"{k}/{n}": 50.0 for k in ("std", "rank") for n in watch.dimensions}
-    watch.history = [row | {"step": 0}, row | {"step": 20, "std/projection": 1.0}]
-    (first,) = watch.alarms(100)
-    watch.history.append(watch.history[1] | {"step": 30, "rank/representation": 1.0})
-    again, second = watch.alarms(100)
-    assert again == first and "projection" in first and "representation uses 1 of" in second
+def test_warnings_come_in_the_order_of_time_each_once(monkeypatch):
+    """The first of each kind, when it comes; a resumed run goes on from what was measured."""
+    start = {"std/representation": 1.0, "std/projection": 50.0, "rank/representation": 50.0}
+    narrow = start | {"std/projection": 1.0}
+    narrower = narrow | {"std/projection": 0.9, "rank/representation": 1.0}
+    outputs = dict.fromkeys(("representation", "projection"), torch.zeros(2, 4, 100))
+    for history in ([], [start | {"step": 0}]):
+        rows = iter([narrow, narrow, narrower] if history else [start, narrow, narrow, narrower])
+        monkeypatch.setattr(module, "collapse_figures", lambda _, rows=rows: dict(next(rows)))
+        watch = online(labelled=False, history=history)
+        watch._outputs = lambda method: outputs
+        if not history:
+            assert watch.measure(None, 0) == (start, [])
+        _, (first,) = watch.measure(None, 20)
+        assert "projection" in first and watch.measure(None, 25)[1] == []
+        _, (second,) = watch.measure(None, 30)
+        assert "representation uses 1 of" in second and watch.warnings == [first, second]
 
 
 def test_figures_that_are_not_finite_stop_nothing():
@@ -126,35 +139,35 @@ def test_figures_that_are_not_finite_stop_nothing():
     byol = method()
     with torch.no_grad():
         byol.projector[0].weight.fill_(float("nan"))
-    found = held_out().figures(byol, SINGLE, 0)
+    found, _ = online().measure(byol, 0)
     assert np.isnan(found["rank/projection"]) and np.isfinite(found["rank/representation"])
 
 
 def test_collapse_figures_are_those_of_the_outputs_in_eval_mode():
-    watch, byol = held_out(), method()
+    watch, byol = online(), method()
     with torch.no_grad():  # away from its start, so that online and target differ
         for parameter in byol.target_encoder.parameters():
             parameter.mul_(1.3)
     seen = {}
     original = byol.forward
     byol.forward = lambda *views: seen.setdefault("outputs", original(*views))
-    found = watch.figures(byol, SINGLE, 0)
+    found, _ = watch.measure(byol, 0)
     assert seen["outputs"]["representation"].shape[1] == 60
     assert found == collapse_figures(seen["outputs"])
     assert found["std/representation"] != found["std/target_representation"]
     byol.forward = original
-    assert watch.figures(byol, SINGLE, 0) == found  # the same views each time
+    assert watch.measure(byol, 0)[0] == found  # the same views each time
 
 
 def test_all_processes_find_the_same_as_one(tmp_path, ranks=2):
     def work(path):
         torch.set_num_threads(1)
         processes = Processes(torch.distributed.get_rank(), ranks, torch.device("cpu"), True)
-        watch = HeldOut(*images(), 1, loader(), (0, 0))
-        torch.save(watch.figures(method(), processes, 9), f"{path}-{processes.rank}")
+        watch = online(processes=processes)
+        torch.save(watch.measure(method(), 9)[0], f"{path}-{processes.rank}")
 
     forked.run(work, tmp_path / "figures", ranks=ranks)
-    expected = held_out().figures(method(), SINGLE, 9)
+    expected, _ = online().measure(method(), 9)
     for rank in range(ranks):
         found = torch.load(tmp_path / f"figures-{rank}", weights_only=True)
         assert found == pytest.approx(expected, rel=1e-3)

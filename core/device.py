@@ -1,0 +1,29 @@
+"""Devices: which one to use, and how data gets there."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def pick_device(device: str) -> str:
+    """auto -> cuda where there is one, else cpu."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy to `device`, asynchronously from pinned memory on CUDA."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+def fits_on(device: torch.device, size: int) -> bool:
+    """Whether `size` bytes take less than half of a GPU's free memory; False for a CPU."""
+    return device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,88 @@
+"""How images are brought to an encoder in evaluation."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError, warn_once
+from data.datasets import DataConfig
+
+
+def frame(images: Tensor, size: int, crop: int) -> Tensor:
+    """Evaluation geometry: short side to `size`, centre square of `crop`; 0 for either: as it is.
+
+    (B, 3, H, W) uint8 -> (B, 3, h, w) float32 in 0..1, bicubic and antialiased.
+    """
+    x = images.float() / 255
+    if size and min(x.shape[2:]) != size:
+        shape = [side * size // min(x.shape[2:]) for side in x.shape[2:]]
+        x = torch.nn.functional.interpolate(x, shape, mode="bicubic", antialias=True).clamp_(0, 1)
+    if crop and x.shape[2:] != (crop, crop):
+        top, left = (round((side - crop) / 2) for side in x.shape[2:])  # as torchvision rounds
+        x = x[:, :, top : top + crop, left : left + crop]
+    return x
+
+
+def warn_enlarged(side: int, stored: int) -> None:
+    """Say, once, that images with a short side of `stored` pixels are enlarged to `side`."""
+    if side > stored:
+        text = f"images of {stored} pixels are enlarged to {side}: lower --crop-size"
+        warn_once(f"{text}, or raise --store-size of a folder")
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize, centre crop and normalization of an encoder's inputs in evaluation.
+
+    mean, std    of the three channels, in 0..1
+    size, crop   short side and centre square, pixels; 0 for either: as it is
+    stored       short side that images are brought to before, pixels, as a data set packs them
+    """
+
+    mean: list[float]
+    std: list[float]
+    size: int = 0
+    crop: int = 0
+    stored: int = 256
+
+    @classmethod
+    def of(cls, data: DataConfig, shape: tuple[int, int], mean, std) -> "EvalTransform":
+        """As [data] says, for a data set's images of `shape`."""
+        size, crop = round(data.crop_size * 8 / 7), data.crop_size
+        if data.eval_size:
+            size = data.eval_size
+            if size < crop:
+                raise UserError(f"--eval-size {size}: must be at least --crop-size {crop}")
+        elif max(shape) <= 96:
+            size, crop = 0, 0
+        warn_enlarged(crop, min(shape))
+        return cls(mean, std, size, crop, min(shape))
+
+    @classmethod
+    def from_meta(cls, meta: dict) -> "EvalTransform":
+        """As an encoder.pt says.
+
+        Files of older code have no `frame`, they were evaluated as stored, or no `stored`.
+        """
+        stored = meta["stored"] if "stored" in meta else meta["crop_size"]
+        return cls(meta["mean"], meta["std"], *meta.get("frame", (0, 0)), stored)
+
+    def meta(self) -> dict:
+        """What an encoder.pt says of it."""
+        frame = [self.size, self.crop]
+        return {"mean": self.mean, "std": self.std, "stored": self.stored, "frame": frame}
+
+    def __call__(self, images) -> Tensor:
+        """A PIL image, or uint8 (3, H, W) or (B, 3, H, W) as stored -> (B, 3, h, w) float32.
+
+        A tensor stays on its device.
+        """
+        if not isinstance(images, Tensor):
+            from data.decode import square  # Pillow is slow to import
+
+            images = torch.from_numpy(square(images, self.stored))
+        images = images if images.ndim == 4 else images[None]
+        mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
+        x = (frame(images, self.size, self.crop) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        return x.contiguous(memory_format=torch.channels_last)
