@@ -27,9 +27,8 @@ from eval.trained import folder_beside, from_config, prepare, read_ckpt_config
 from training.checkpoints import save_file
 from training.command import execute
 from training.distributed import Processes
-from training.encoder import EncoderConfig
+from training.encoder import EncoderConfig, portable
 from training.run_folder import RunFolder, say
-from training.weights import portable
 
 HEAD = dict(
     choices=("linear", "mlp", "knn"),

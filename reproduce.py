@@ -23,7 +23,7 @@ import train_baseline
 import train_byol
 from core.errors import UserError
 from core.files import read_json, write_json
-from core.options import RunConfig, option, read_config, spell
+from core.options import RunConfig, flag_of, option, read_config
 from data import datasets
 from data.labelled import evaluation
 from data.transform import EvalTransform
@@ -35,10 +35,9 @@ from eval.table import Cells, markdown
 from eval.trained import load
 from training import distributed
 from training.command import execute
-from training.encoder import EncoderConfig
+from training.encoder import EncoderConfig, fetch, initialise
 from training.optimizers import OptimConfig
 from training.run_folder import git_commit, read_metrics, say
-from training.weights import fetch, initialise
 
 HIDE = tuple("labels draw fold init resume overwrite stop_after online_probe seed".split())
 SHARED = ("data", "encoder", "run")  # sections whose flags go on to the scripts
@@ -85,6 +84,22 @@ def configure(argv: list[str], method_class=train_byol.BYOL):
             text = f"batches of [{table}] have {settings.optim.batch_size} images"
             raise UserError(f"--reproduce.budgets {budget}: {text}; lower its batch_size")
     return config
+
+
+def spell(flags: dict, hide: tuple = ()) -> list[str]:
+    """The command line that gives `flags` ({"run.device": "cpu", ...}) again, less those hidden."""
+    words = []
+    for key, value in flags.items():
+        section, name = key.split(".")
+        if name in hide:
+            continue
+        if isinstance(value, bool):
+            flag = flag_of(section, name)
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [flag_of(section, name), *map(str, values)]
+    return words
 
 
 class Table:

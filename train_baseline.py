@@ -21,12 +21,11 @@ from eval.protocols import record
 from eval.supervised import EXTRA, Job, train_all
 from training.command import execute
 from training.distributed import Processes
-from training.encoder import EncoderConfig
+from training.encoder import EncoderConfig, fetch, initialise
 from training.optimizers import OptimConfig
 from training.run_folder import finished, say
 from training.session import Session
 from training.stopping import Watch
-from training.weights import fetch, initialise
 
 HIDE = ("pretrain_on", "knn_every", "online_probe")
 SKIP = ("optim",)  # a recipe's [optim] is pretraining's; labelled training has its own tables

@@ -20,15 +20,14 @@ from data import datasets
 from data.loader import Loader
 from data.transform import EvalTransform
 from data.views import View2Config, ViewConfig
-from eval.online import OnlineEval, OnlineProbe, hold_out_labels
+from eval.online import OnlineEval
 from training.command import execute
 from training.distributed import Processes
-from training.encoder import EncoderConfig
+from training.encoder import EncoderConfig, fetch, initialise
 from training.optimizers import OptimConfig
 from training.run_folder import finished, say, warn
 from training.session import Session
 from training.stopping import Watch
-from training.weights import fetch, initialise
 
 
 def configure(argv: list[str], method_class=BYOL):
@@ -77,6 +76,8 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     if config.run.online_probe:
         if labels is None or labels.max() < 1:
             raise UserError("--online-probe: needs labelled images of two classes or more")
+        from eval.probe import OnlineProbe, hold_out_labels  # of no use to other runs
+
         labels = hold_out_labels(labels, data.train_labels)
         method = OnlineProbe(method, len(data.class_names))
 

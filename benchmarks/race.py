@@ -38,9 +38,8 @@ from benchmarks.peers import Lightly, Pictures
 from benchmarks.timing import machine
 from byol.byol import target_decay
 from data import datasets
-from training.encoder import build_encoder
+from training.encoder import build_encoder, save_encoder
 from training.method import Method
-from training.weights import save_encoder
 
 RECIPE = "recipes/cifar10_cpu.toml"
 ARMS = ("lightly", "lightly, our recipe", "ours")

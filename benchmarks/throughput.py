@@ -26,10 +26,9 @@ from data.images import Images
 from data.loader import Loader
 from data.transform import EvalTransform
 from training.distributed import start
-from training.encoder import Encoder
+from training.encoder import Encoder, save_encoder
 from training.session import Session
 from training.stopping import Watch
-from training.weights import save_encoder
 
 ROOT = Path(train_byol.__file__).parent
 # side: batch, stem, flags as a user would type them

@@ -9,6 +9,7 @@ evaluations), the recipe's shared tables, the recipe's table of the script, the 
 import argparse
 import dataclasses
 import difflib
+import functools
 import tomllib
 import typing
 from dataclasses import dataclass
@@ -45,27 +46,26 @@ def option(default, help: str, *, low=None, high=None, choices=None, trajectory=
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# an option that leaves the weights alone
+running = functools.partial(option, trajectory=False)
+
+
 @dataclass
 class RunConfig:
     """[run]: where and how it runs; little of it changes the result."""
 
-    out: str = option("", "run folder (default runs/METHOD-DATASET)", trajectory=False)
-    resume: str = option("", "continue: auto (newest valid in --out) or a file", trajectory=False)
-    override: bool = option(
-        False, "resume although settings that shape the result have changed", trajectory=False
-    )
-    overwrite: bool = option(False, "rename an existing run folder away", trajectory=False)
+    out: str = running("", "run folder (default runs/METHOD-DATASET)")
+    resume: str = running("", "continue: auto (newest valid in --out) or a file")
+    override: bool = running(False, "resume although settings that shape the result have changed")
+    overwrite: bool = running(False, "rename an existing run folder away")
     seed: int = option(0, "seed of initialisation, order and augmentation", low=0, high=2**63 - 1)
-    device: str = option(
-        "auto", "where to compute", choices=("auto", "cpu", "cuda"), trajectory=False
-    )
-    data_on_device: str = option(
+    device: str = running("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    data_on_device: str = running(
         "auto",
         "training images in the GPU's memory (auto: where they take less than half of it)",
         choices=("auto", "always", "never"),
-        trajectory=False,
     )
-    gpus: int = option(1, "processes on this machine, one a GPU", low=1, trajectory=False)
+    gpus: int = running(1, "processes on this machine, one a GPU", low=1)
     precision: str = option(
         "auto", "arithmetic of the network", choices=("auto", "fp32", "bf16", "fp16")
     )
@@ -73,41 +73,27 @@ class RunConfig:
         "sync", "statistics over all processes or in each", choices=("sync", "local")
     )
     compile: bool = option(False, "torch.compile the network")
-    threads: int = option(
-        0, "CPU threads of a process (0: cores / processes)", low=0, high=1024, trajectory=False
+    threads: int = running(0, "CPU threads of a process (0: cores / processes)", low=0, high=1024)
+    log_every: int = running(20, "steps between log lines", low=1)
+    save_every: int = running(1000, "steps between checkpoints (0: only the last)", low=0)
+    keep: int = running(2, "checkpoints kept", low=2)
+    check_every: int = running(
+        0, "check for stop requests and NaNs every N steps (0: 1 on CPU, 20 on CUDA)", low=0
     )
-    log_every: int = option(20, "steps between log lines", low=1, trajectory=False)
-    save_every: int = option(
-        1000, "steps between checkpoints (0: only the last)", low=0, trajectory=False
+    replicas_every: int = running(
+        1000, "compare the processes' weights every N steps, besides each save (0: never)", low=0
     )
-    keep: int = option(2, "checkpoints kept", low=2, trajectory=False)
-    check_every: int = option(
-        0,
-        "steps between looks at stop and NaN flags (0: 1 on CPU, 20 on CUDA)",
-        low=0,
-        trajectory=False,
+    knn_every: int = running(1000, "steps between k-NN and collapse metrics (0: never)", low=0)
+    stop_after: int = running(0, "stop after this step, schedules unchanged (0: run all)", low=0)
+    online_probe: bool = option(False, "also train a linear probe on detached features")
+    dist_timeout: float = running(
+        600, "seconds until a stalled process is an error", low=1, high=10**6
     )
-    replicas_every: int = option(
-        1000,
-        "steps between comparisons of the processes' weights, besides each save (0: none)",
-        low=0,
-        trajectory=False,
-    )
-    knn_every: int = option(
-        1000, "steps between k-NN and collapse figures (0: never)", low=0, trajectory=False
-    )
-    stop_after: int = option(
-        0, "stop after this step, schedules unchanged (0: run all)", low=0, trajectory=False
-    )
-    online_probe: bool = option(False, "train a linear layer beside, on detached representations")
-    dist_timeout: float = option(
-        600, "seconds until a stalled process is an error", low=1, high=10**6, trajectory=False
-    )
-    quiet: bool = option(False, "print errors only", trajectory=False)
-    debug: bool = option(False, "show tracebacks", trajectory=False)
+    quiet: bool = running(False, "print errors only")
+    debug: bool = running(False, "show tracebacks")
 
 
-def _flag(section: str, name: str) -> str:
+def flag_of(section: str, name: str) -> str:
     name = name.replace("_", "-")
     return f"--{name}" if section in PLAIN else f"--{section}.{name}"
 
@@ -219,7 +205,7 @@ def _parser(description, sections, values, extra, hide) -> Parser:
                     keywords |= dict(nargs="?", const="auto")
                 if field.metadata["choices"]:
                     keywords["metavar"] = "|".join(field.metadata["choices"])
-            group.add_argument(_flag(section, field.name), **keywords)
+            group.add_argument(flag_of(section, field.name), **keywords)
     return parser
 
 
@@ -267,7 +253,7 @@ def read_config(
         _layer(values, sections, tables, own, source, skip)
     for key, value in flags.items():
         section, name = key.split(".")
-        _put(values, sections, section, name, value, _flag(section, name))
+        _put(values, sections, section, name, value, flag_of(section, name))
     optim = values.get("optim", {})
     if optim.get("optimizer") == "adamw" and optim["lr"] > 0.05:
         raise UserError(f"--lr {optim['lr']:g} is a rate for lars or sgd; adamw wants about 1e-3")
@@ -276,22 +262,6 @@ def read_config(
     if own in sections:
         config.method = getattr(config, own)
     return config
-
-
-def spell(flags: dict, hide: tuple = ()) -> list[str]:
-    """The command line that gives `flags` ({"run.device": "cpu", ...}) again, less those hidden."""
-    words = []
-    for key, value in flags.items():
-        section, name = key.split(".")
-        if name in hide:
-            continue
-        if isinstance(value, bool):
-            flag = _flag(section, name)
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            words += [_flag(section, name), *map(str, values)]
-    return words
 
 
 def as_dict(config: SimpleNamespace) -> dict:
@@ -311,5 +281,5 @@ def differences(config: SimpleNamespace, saved: dict) -> list[str]:
             new = getattr(getattr(config, section), field.name)
             old = saved.get(section, {}).get(field.name, new)
             if field.metadata["trajectory"] and old != new:
-                found.append(f"{_flag(section, field.name)} {old} -> {new}")
+                found.append(f"{flag_of(section, field.name)} {old} -> {new}")
     return found

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.datasets import Dataset
 from data.loader import Loader, generator
@@ -13,7 +13,7 @@ from data.views import draw
 from eval.collapse import NAMES, collapse_alarms, collapse_figures
 from eval.features import extract
 from eval.knn import knn_top1
-from training.method import Method, groups_by_kind
+from training.method import Method
 
 WATCH = 4  # stream of random numbers; the loader has 1 and 2, the loop 3
 WATCHED = 2048  # images of the collapse metrics
@@ -23,17 +23,6 @@ GRACE = 1000  # steps, at most a tenth of the run, before a warning
 def held_out_order(count: int, seed: int = 0) -> tuple[np.ndarray, int]:
     """An order of `count` labelled images, and how many of its first are held out: a fifth."""
     return np.random.default_rng(seed).permutation(count), max(1, min(count // 5, 2000))
-
-
-def hold_out_labels(labels: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
-    """Pretraining's labels with those of the held-out images unknown (-1), for the online probe.
-
-    The labelled images come first among the pretraining images, see `Dataset.pretraining`.
-    """
-    order, queries = held_out_order(len(train_labels))
-    labels = labels.copy()
-    labels[order[:queries]] = -1
-    return labels
 
 
 class OnlineEval:
@@ -146,40 +135,3 @@ class OnlineEval:
             blocks.append({k: x.float().cpu() for k, x in method(*views).items() if k in NAMES})
         method.train(was_training)
         return {name: torch.cat([b[name] for b in blocks], 1) for name in blocks[0]}
-
-
-class OnlineProbe(Method):
-    """Any method with a linear classifier trained beside it on its detached representation."""
-
-    uses_labels = True
-
-    def __init__(self, method: Method, classes: int) -> None:
-        nn.Module.__init__(self)
-        self.method, self.name, self.views = method, method.name, method.views
-        self.probe = nn.Linear(method.encoder.feature_size, classes)
-
-    @property
-    def encoder(self):
-        return self.method.encoder
-
-    def forward(self, *views):
-        outputs = self.method(*views)
-        return outputs | {"probe": self.probe(outputs["representation"].detach())}
-
-    def loss(self, outputs, labels):
-        """The method's loss plus cross-entropy on the images whose label is known."""
-        loss, logs = self.method.loss(outputs)
-        logits = outputs["probe"].flatten(0, 1)
-        known = (labels >= 0).float().repeat(len(outputs["probe"]))
-        labels = labels.clamp(min=0).repeat(len(outputs["probe"]))
-        each = nn.functional.cross_entropy(logits, labels, reduction="none")
-        probe_loss = (each * known).sum() / known.sum().clamp(min=1)
-        return loss + probe_loss, logs | {"probe_loss": probe_loss}
-
-    def parameter_groups(self, weight_decay):
-        """The method's own groups, and the probe's, which are as those of any other layer."""
-        groups = self.method.parameter_groups(weight_decay)
-        return [*groups, *groups_by_kind(self.probe, weight_decay)]
-
-    def after_step(self, progress):
-        return self.method.after_step(progress)

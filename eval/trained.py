@@ -19,9 +19,9 @@ from data.listing import image_files
 from data.transform import EvalTransform
 from eval.classifiers import Classifier, build_head
 from eval.frozen import FrozenEncoder
-from training.checkpoints import load_file
 from training.distributed import Processes
 from training.encoder import ENCODERS, EncoderConfig
+from training.load import load_file
 from training.weights import TORCHVISION, Weights, read_weights
 
 

@@ -13,6 +13,7 @@ from conftest import TINY, metrics, trained
 
 import train_byol
 from training.checkpoints import Checkpoints
+from training.resume import newest_valid
 
 ROOT = Path(train_byol.__file__).parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -29,7 +30,7 @@ def rows(out) -> int:
 
 
 def newest(out) -> int:
-    return Checkpoints(out / "checkpoints", 0).newest_valid()["step"]
+    return newest_valid(Checkpoints(out / "checkpoints", 0))["step"]
 
 
 def equal(out, two) -> bool:

@@ -28,6 +28,7 @@ from byol.byol import BYOL
 from core import files as module
 from training import stopping
 from training.checkpoints import Checkpoints
+from training.resume import newest_valid
 from training.schedules import learning_rate
 
 faults = pytest.mark.faults
@@ -368,7 +369,7 @@ def test_S4_a_second_signal_during_a_save_leaves_the_old_file(
         os.kill(child.pids[0], signal.SIGTERM)
         time.sleep(0.05)
     assert child.wait()[0].code == 128 + signal.SIGTERM
-    assert Checkpoints(out / "checkpoints", 0).newest_valid()["step"] == 4
+    assert newest_valid(Checkpoints(out / "checkpoints", 0))["step"] == 4
     forked.run(train, shared, "train_byol", out, "--resume")
     assert same(shared, "train_byol", out)
 

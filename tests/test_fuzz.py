@@ -27,7 +27,9 @@ import train_byol
 from core.errors import UserError, reason_of
 from data import folder, stl10
 from data.datasets import DataConfig
-from training.checkpoints import Checkpoints, load_file, save_file
+from training.checkpoints import Checkpoints, save_file
+from training.load import load_file
+from training.resume import newest_valid
 from training.run_folder import read_metrics
 from training.weights import read_weights
 
@@ -185,7 +187,7 @@ def test_C5_C6_C7_an_edited_checkpoint_is_never_taken(tmp_path_factory, changes)
     newest.write_bytes(edited(content, changes))
     before = tree(checkpoints.folder)
     with contextlib.redirect_stderr(io.StringIO()):
-        found = checkpoints.newest_valid()
+        found = newest_valid(checkpoints)
     assert found["step"] == (2 if newest.read_bytes() == content else 1)
     assert torch.equal(found["w"], torch.full((20,), float(found["step"])))
     assert tree(checkpoints.folder) == before

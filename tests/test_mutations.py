@@ -173,7 +173,7 @@ MUTATIONS = {
         "data/views.py", "rng.permuted(np.tile(np.arange(4), (count, 1)), axis=1)",
         "np.tile(np.arange(4), (count, 1))", f"{VIEWS} -k orders"),
     "statistics of another data set": (
-        "training/weights.py", "return encoder, *images.statistics()",
+        "training/encoder.py", "return encoder, *images.statistics()",
         "return encoder, [0.491, 0.482, 0.447], [0.247, 0.243, 0.262]",
         f"{SCRIPTS} -k inputs_are_normalised"),
     # checkpoints and precision
@@ -181,7 +181,7 @@ MUTATIONS = {
         "training/precision.py", "return self.scaler.state_dict()", "return {}",
         "tests/training/test_precision.py -k goes_on"),
     "a load that hides a mismatch": (
-        "training/checkpoints.py", "    if problems := misfits(own, state):\n",
+        "training/load.py", "    if problems := misfits(own, state):\n",
         "    for k in [k for k in state if k not in own or state[k].shape != own[k].shape]:\n"
         "        del state[k]\n    if False:\n", f"{WEIGHTS} -k C11"),
     "published weights refused for their missing counters": (
@@ -266,13 +266,13 @@ MUTATIONS = {
         "training/checkpoints.py", 'return "" if actual == expected else', 'return "" if 1 else',
         f"{SAVING} -k C5_C6"),
     "a fresh start where all checkpoints are bad": (
-        "training/checkpoints.py", "        if found:\n", "        if not found:\n",
+        "training/resume.py", "    if found:\n", "    if not found:\n",
         f"{SAVING} -k C8"),
     "free unpickling": (
-        "training/checkpoints.py", 'map_location="cpu", weights_only=True',
+        "training/load.py", 'map_location="cpu", weights_only=True',
         'map_location="cpu", weights_only=False', f"{SAVING} -k C10"),
     "other settings taken over in silence": (
-        "training/checkpoints.py", "if changed and not config.run.override:", "if False:",
+        "training/resume.py", "if changed and not config.run.override:", "if False:",
         f"{RESUME} -k R16_a_refused"),
     "metrics written twice": (
         "training/run_folder.py", 'if row["step"] < start]', "]", f"{RESUME} -k C17"),

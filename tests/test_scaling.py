@@ -32,6 +32,7 @@ from training.encoder import Encoder, parameter_count
 from training.loop import train_steps
 from training.optimizers import build_optimizer
 from training.precision import Precision
+from training.resume import newest_valid
 from variants.barlow_twins import BarlowTwins
 from variants.dino import DINO
 from variants.moco_v3 import MoCoV3
@@ -158,7 +159,7 @@ def listens(port: int) -> bool:
 
 
 def saved_by_two(out) -> bool:
-    return Checkpoints(out / "checkpoints", 0).newest_valid()["processes"] == 2
+    return newest_valid(Checkpoints(out / "checkpoints", 0))["processes"] == 2
 
 
 @scale

@@ -1,15 +1,16 @@
 """The thin main of every script: settings, processes, run."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from core.errors import STOPPED, Stopped, UserError, one_line_errors, tell
-from core.options import RunConfig
+from core.errors import STOPPED, Stopped, UserError, launched, one_line_errors, tell
 from training import distributed
 from training.distributed import Processes
 from training.run_folder import check_free, check_place
+from training.stopping import handle
 
 
 def execute(
@@ -28,12 +29,18 @@ def execute(
     debug = "--debug" in argv
     with one_line_errors(debug, printed=False):
         config = configure(argv)
-        run_again_if_restarted(config.run)
-        check_run(config)
-        distributed.relaunch_if_needed(config.run.gpus, config.run.device, argv)
-        distributed.end_with_launcher()
-        prepare(config)
         r = config.run
+        if launched() or r.gpus > 1:
+            from training import launch  # of no use to a single process
+
+            launch.resume_if_restarted(r)
+            check_run(config)
+            launch.relaunch_if_needed(r.gpus, r.device, argv)
+            launch.end_with_launcher()
+        else:
+            check_run(config)
+        prepare(config)
+        handle("SIGUSR1", signal.SIG_IGN)  # there is nothing to save yet
         processes = distributed.start(r.device, r.threads, r.dist_timeout, r.quiet)
         try:
             result = run(config, processes)
@@ -49,13 +56,6 @@ def execute(
             raise
         distributed.finish()
     return result
-
-
-def run_again_if_restarted(run: RunConfig) -> None:
-    """After a crash the launcher types what was typed at first: then --resume is meant."""
-    if distributed.restarted():
-        if not run.resume or list(Path(run.out).glob("checkpoints/step-*.pt")):
-            run.resume = "auto"
 
 
 def check_run(config) -> None:

@@ -1,18 +1,11 @@
-"""Launching, process group, DDP, collectives.
-
-`torchrun X --gpus N`, `torchrun --nproc-per-node N X` and `python X --gpus N` are the same run.
-Everything that depends on CUDA or on the number of processes is in this file.
-"""
+"""Process group, DDP, collectives: what depends on CUDA or on the number of processes."""
 
 import contextlib
 import ctypes
 import datetime
 import inspect
 import os
-import signal
 import sys
-import threading
-import time
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core.device import CPU, pick_device
-from core.errors import LAUNCHER, UserError, launched
-from training.batchnorm import convert_batch_norm
-
-LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")
-RELAUNCHED = "BYOL_RELAUNCHED"  # the launcher that --gpus became: its process id; once is enough
-RESTARTED = "BYOL_RESTARTED"  # set when the launcher that exec'd us was restarting the job
+from core.errors import launched
 
 
 @dataclass(frozen=True)
@@ -47,89 +35,8 @@ class Processes:
 SINGLE = Processes(0, 1, CPU)
 
 
-def restarted() -> bool:
-    """Whether the launcher starts this process again after a failure (its --max-restarts)."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or RESTARTED in os.environ
-    return launched() and again
-
-
-def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
-    """Replace this process by torchrun where --gpus asks for more than the launcher gave.
-
-    torchrun alone starts one worker and hands it `--gpus 4`; plain python starts none.  Only a
-    real launcher counts: rank variables left over in the environment do not.
-    """
-    device = pick_device(device)
-    given = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
-    if device == "cuda" and gpus > torch.cuda.device_count():
-        raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
-    if gpus in (1, given):
-        return
-    if given > 1 or RELAUNCHED in os.environ:
-        raise UserError(f"--gpus {gpus}: the launcher started {given}; leave out one of the two")
-    script, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
-    by_name = spec is not None and spec.origin == script  # python -m
-    if hasattr(sys, "ps1") or not (by_name or os.path.exists(script)):
-        raise UserError(
-            f"--gpus {gpus}: no script to start again (a notebook, python -c); type the command in "
-            "a shell, as in: python train_byol.py --gpus 2"
-        )
-    sys.stdout.flush()
-    environment = {k: v for k, v in os.environ.items() if not _from_launcher(k)}
-    environment[RELAUNCHED] = str(os.getpid())
-    environment |= {RESTARTED: "1"} if restarted() else {}
-    environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun does the same, with a long notice
-    program = ["-m", spec.name] if by_name else [script]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    if hangup_ignored():  # the launcher would end its processes all the same
-        command.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
-    command += [f"--nproc-per-node={gpus}", *program, *argv]
-    handle("SIGUSR1", signal.SIG_IGN)  # it would kill a launcher
-    os.execve(sys.executable, command, environment)
-
-
-def hangup_ignored() -> bool:
-    """Whether SIGHUP (a closed terminal) is ignored, as under nohup, or missing, as on Windows."""
-    number = getattr(signal, "SIGHUP", None)
-    return number is None or signal.getsignal(number) == signal.SIG_IGN
-
-
-def handle(name: str, handler):
-    """Set the handler of a signal; returns the previous one.
-
-    None, and nothing is set, where the system has no such signal (Windows) and in a thread.
-    """
-    number = getattr(signal, name, None)
-    if number is None or threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(number, handler)
-
-
-def end_with_launcher() -> None:
-    """From now on end this process within a second of its launcher's death: no orphan on a GPU."""
-    if launched():
-        launcher = int(os.environ.get(RELAUNCHED, os.getppid()))
-        threading.Thread(target=_follow, args=(launcher,), daemon=True).start()
-
-
-def _follow(launcher: int) -> None:
-    """Runs in a thread, since a process that waits in a collective handles no signal.
-
-    A process whose parent dies gets another parent.
-    """
-    while os.getppid() == launcher:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _from_launcher(name: str) -> bool:
-    keep = name == "TORCHELASTIC_ERROR_FILE"
-    return not keep and (name in LAUNCHER or name.startswith(LAUNCHER_PREFIXES))
-
-
 def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
     """Join the launcher's process group, if there is one, and set device and thread count."""
-    handle("SIGUSR1", signal.SIG_IGN)  # there is nothing to save yet
     names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
     local_rank, local_size, world_size = (
         (int(os.environ[name]) for name in names) if launched() else (0, 1, 1)
@@ -182,6 +89,8 @@ def wrap(method: nn.Module, processes: Processes, batch_norm: str) -> nn.Module:
     sync: batch-norm statistics over all processes, so that buffers are equal everywhere.
     """
     if processes.world_size > 1 and batch_norm == "sync":
+        from training.batchnorm import convert_batch_norm  # of no use to a single process
+
         method = convert_batch_norm(method, processes.device)
     method.to(processes.device, memory_format=torch.channels_last)
     if processes.world_size == 1:

@@ -1,12 +1,14 @@
-"""The encoder: a torchvision ResNet without its last layer."""
+"""The encoder: a torchvision ResNet without its last layer; how it starts, and encoder.pt."""
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 from core.options import option
+from training.checkpoints import save_file
 
 ARCHS = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -101,3 +103,37 @@ def describe_encoder(config: EncoderConfig) -> str:
 def parameter_count(module: nn.Module) -> int:
     """The number of trained scalars."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def initialise(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:
+    """The encoder as --init says, and the mean and std that its inputs need.
+
+    images   whose mean and std are used where --init names no others
+    """
+    encoder = build_encoder(config)
+    if config.init == "random":
+        return encoder, *images.statistics()
+    from training import weights  # of no use to other starts
+
+    return encoder, *weights.start_from(config, encoder, images)
+
+
+def fetch(config: EncoderConfig) -> None:
+    """Have published weights in torch's cache where --init asks for them; one process downloads.
+
+    To be called before any process group exists.
+    """
+    if config.init == "imagenet":
+        from training.weights import imagenet_weights  # of no use to other starts
+
+        imagenet_weights(config.arch, config.stem, config.width)
+
+
+def save_encoder(path: Path, encoder: nn.Module, meta: dict) -> None:
+    """Write {"state_dict", "meta"}; the stems have equal shapes, so weights alone don't say."""
+    save_file(path, {"state_dict": portable(encoder), "meta": meta})
+
+
+def portable(network: nn.Module) -> dict[str, Tensor]:
+    """Its state dict on the CPU, in torch's default memory format."""
+    return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from training.checkpoints import misfits
+from training.load import misfits
 
 # words in the name of a network that is a moving average of another one
 AVERAGES = {"momentum", "target", "teacher", "ema", "k", "key", "swa", "avg", "average",

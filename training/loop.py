@@ -27,7 +27,6 @@ class Step:
     lr: float
     images: int
     applied: bool
-    ends_epoch: bool
 
     @property
     def last(self) -> bool:
@@ -81,15 +80,13 @@ def train_steps(
         optimizer.zero_grad(set_to_none=True)
         if applied:
             logs = logs | method.after_step(k / total)
-        epoch, position = divmod(k, loader.steps_per_epoch)
         yield Step(
             index=k,
             total=total,
-            epoch=epoch,
+            epoch=k // loader.steps_per_epoch,
             loss=loss_of_step,
             logs=logs,
             lr=lr,
             images=loader.batch_size,
             applied=applied,
-            ends_epoch=position == loader.steps_per_epoch - 1,
         )

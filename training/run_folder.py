@@ -25,11 +25,6 @@ from core.options import differences
 from training.distributed import Processes, sum_over_ranks
 
 SECONDS_A_LINE = 30  # where there is no terminal for a progress bar
-GROUPS = {  # of TensorBoard's scalars; losses and what a method logs beside them are the rest
-    "schedule": ("lr", "tau"),
-    "speed": ("images_per_second",),
-    "accuracy": ("knn_top1", "online_probe_top1", "train_top1"),
-}
 
 
 def say(processes: Processes, text: str) -> None:
@@ -95,7 +90,7 @@ class RunFolder:
     def __init__(
         self, out: Path, config: dict | None, processes: Processes, *, resume=False, overwrite=False
     ) -> None:
-        self.out, self.processes, self.writer, self.bar = out, processes, None, None
+        self.out, self.processes, self.board, self.bar = out, processes, None, None
         self.lock = self.metrics = None
         self.next_line = time.monotonic() + SECONDS_A_LINE
         self.clock, self.images, self.total = time.perf_counter(), 0, 0
@@ -156,9 +151,9 @@ class RunFolder:
         if not path.exists() or path.read_bytes() != text.encode():
             write_atomically(path, text.encode())
         self.metrics = open(path, "a", buffering=1, encoding="utf-8", newline="\n")
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
+        from training.tensorboard import TensorBoard  # slow to import
 
-        self.writer = SummaryWriter(str(self.out), purge_step=start or None)
+        self.board = TensorBoard(self.out, start)
         self.bar = tqdm(
             total=stop * batch_size,
             initial=start * batch_size,
@@ -197,10 +192,8 @@ class RunFolder:
         if not self.processes.main or self.metrics is None:
             return
         self.metrics.write(json.dumps(row) + "\n")
-        if self.writer is not None:
-            for name, value in row.items():
-                if name not in ("step", "epoch"):
-                    self.writer.add_scalar(tag(name), value, row["step"])
+        if self.board is not None:
+            self.board.scalars(row)
         knn = f" knn {row['knn_top1']:.1f}" if "knn_top1" in row else ""
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(f"loss {row['loss']:.3f}{knn}", refresh=False)
@@ -211,17 +204,13 @@ class RunFolder:
 
     def show(self, config: dict, views: torch.Tensor) -> None:
         """In TensorBoard: the settings as a table, and a picture of views, (3, H, W) in 0..1."""
-        if self.writer is not None:
-            rows = [(s, k, v) for s, table in config.items() for k, v in table.items()]
-            lines = ["| table | key | value |", "|---|---|---|"]
-            lines += [f"| {s} | {k} | {json.dumps(v)} |" for s, k, v in rows if s != "recipe"]
-            self.writer.add_text("config", "\n".join(lines))
-            self.writer.add_image("views", views)
+        if self.board is not None:
+            self.board.show(config, views)
 
     def embed(self, step: int, features: torch.Tensor, names: list[str], images) -> None:
         """In TensorBoard's projector: features (N, D) with class names and images (N, 3, s, s)."""
-        if self.writer is not None and not (self.out / f"{step:05d}").exists():
-            self.writer.add_embedding(features, names or None, images, step, "features")
+        if self.board is not None:
+            self.board.embed(step, features, names, images)
 
     def flush(self) -> None:
         """Rows on the disk before the checkpoint that stands for them."""
@@ -234,24 +223,16 @@ class RunFolder:
 
     def close(self) -> None:
         """Close what is open and give the lock back; safe to call twice."""
-        for thing in (self.bar, self.metrics, self.writer, self.lock):
+        for thing in (self.bar, self.metrics, self.board, self.lock):
             if thing is not None:
                 thing.close()
-        self.bar = self.metrics = self.writer = self.lock = None
+        self.bar = self.metrics = self.board = self.lock = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error) -> None:
         self.close()
-
-
-def tag(name: str) -> str:
-    """A figure's name in TensorBoard, with its group: std/representation -> collapse/std ..."""
-    if "/" in name:
-        return "collapse/" + name.replace("/", " ")
-    groups = (group for group, names in GROUPS.items() if name in names)
-    return f"{next(groups, 'loss')}/{name}"
 
 
 def read_metrics(path: Path) -> list[dict]:

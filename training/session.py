@@ -6,27 +6,18 @@ from pathlib import Path
 
 import torch
 
-from core.errors import RunError, Stopped, UserError
+from core.errors import RunError, Stopped
 from core.files import write_json
 from core.options import as_dict
 from training import distributed
-from training.checkpoints import (
-    Checkpoints,
-    restore,
-    resume_state,
-    save_file,
-    training_state,
-)
-from training.encoder import describe_encoder, parameter_count
+from training.checkpoints import Checkpoints, save_file, training_state
+from training.encoder import describe_encoder, parameter_count, save_encoder
 from training.loop import Step, train_steps
 from training.optimizers import build_optimizer
 from training.precision import Precision, pick_precision
-from training.run_folder import RunFolder, git_commit, read_metrics, say, warn
+from training.run_folder import RunFolder, git_commit, read_metrics, say
 from training.schedules import peak_rate, warmup_steps
 from training.stopping import Watch
-from training.weights import save_encoder
-
-BAD_STATE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class Session:
@@ -66,48 +57,17 @@ class Session:
         self.checkpoints = Checkpoints(out / "checkpoints", run.save_every, run.keep)
         self.folder = RunFolder(out, None, processes, resume=resume, overwrite=run.overwrite)
         self.facts = {"images": len(loader.images), "precision": self.precision.name}
-        self.done, self.before, self.began = 0, 0.0, time.perf_counter()
+        self.done, self.before, self.began, others = 0, 0.0, time.perf_counter(), True
         try:
-            state = self._resume()
+            if run.resume:
+                from training.resume import resume  # a fresh run has nothing to read
+
+                others = resume(self)
             self.compare_replicas()
-            changed = run.override and (not state or bool(state["changed"]))
-            self.folder.write_config(as_dict(config), self.done, changed)
+            self.folder.write_config(as_dict(config), self.done, run.override and others)
         except BaseException:
             self.folder.close()  # or this process would hold the lock for as long as it lives
             raise
-
-    def _resume(self) -> dict | None:
-        """Take over the state of the checkpoint that --resume names, if it names one."""
-        resume = self.config.run.resume
-        try:
-            state = resume_state(self.checkpoints, resume, self.config, self.method, self.facts)
-            if state:
-                self._go_on(state)
-            return state
-        except torch.OutOfMemoryError:
-            raise
-        except BAD_STATE as error:
-            text = f"{type(error).__name__}: {str(error)[:80]}"
-            raise UserError(f"--resume: not a training state of this code ({text})") from error
-
-    def _go_on(self, state: dict) -> None:
-        """Take over the state of a checkpoint."""
-        done, changed = state["step"], ", ".join(state["changed"])
-        if type(done) is not int or not 0 < done <= self.total - bool(changed):
-            more = f"; {changed} would train nothing" if changed else ""
-            raise UserError(f"--resume: {done} steps are done of {self.total}{more}")
-        self.done = restore(state, self.method, self.optimizer, self.precision)
-        self.before = float(state["seconds"])
-        if changed:
-            warn(self.processes, f"--override: {changed}")
-        if self.processes.main:
-            self.checkpoints.set_aside(self.done)
-        if state["processes"] != self.processes.world_size:
-            warn(
-                self.processes,
-                f"going on with {self.processes.world_size} processes after {state['processes']}: "
-                "the same images and views, sums rounded in another order",
-            )
 
     def __enter__(self) -> "Session":
         return self

@@ -5,17 +5,36 @@ steps and before each checkpoint, so that all ranks stop at the same step.
 """
 
 import os
+import signal
+import threading
 import time
 
 import torch
 from torch import nn
 
 from core.errors import RunError
-from training.distributed import Processes, handle, hangup_ignored, sum_over_ranks
+from training.distributed import Processes, sum_over_ranks
 
 STOPPED = 75  # exit code (EX_TEMPFAIL): saved on request, go on with --resume
 SAME = 2.0  # seconds: Ctrl-C arrives twice, from the terminal and from torchrun
 SKIPS = 50  # steps in a row that the gradient scaler may skip; it has halved its scale as often
+
+
+def hangup_ignored() -> bool:
+    """Whether SIGHUP (a closed terminal) is ignored, as under nohup, or missing, as on Windows."""
+    number = getattr(signal, "SIGHUP", None)
+    return number is None or signal.getsignal(number) == signal.SIG_IGN
+
+
+def handle(name: str, handler):
+    """Set the handler of a signal; returns the previous one.
+
+    None, and nothing is set, where the system has no such signal (Windows) and in a thread.
+    """
+    number = getattr(signal, name, None)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(number, handler)
 
 
 class Watch:

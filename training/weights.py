@@ -1,4 +1,4 @@
-"""Encoder weights in and out: `encoder.pt`, run folders, checkpoints, other people's files."""
+"""Reading encoder weights: `encoder.pt`, run folders, checkpoints, other people's files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.files import locked, read_json
-from training.checkpoints import check_fits, load_file, save_file
 from training.encoder import EncoderConfig, build_encoder
 from training.foreign import find_network, is_plain, with_counters
+from training.load import check_fits, load_file
 
 OURS = {"arch", "stem", "width"}  # in the meta data of every file that this project writes
 # how the inputs of torchvision's ImageNet weights are made, as an encoder.pt would say it
@@ -59,16 +59,6 @@ class Weights:
         if self.prefix is not None or not self.meta:
             state = find_network(state, encoder.state_dict(), source, self.prefix)
         load_weights(encoder, state, source)
-
-
-def save_encoder(path: Path, encoder: nn.Module, meta: dict) -> None:
-    """Write {"state_dict", "meta"}; the stems have equal shapes, so weights alone don't say."""
-    save_file(path, {"state_dict": portable(encoder), "meta": meta})
-
-
-def portable(network: nn.Module) -> dict[str, Tensor]:
-    """Its state dict on the CPU, in torch's default memory format."""
-    return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
 
 
 def read_weights(path: str | Path, flag: str = "--ckpt") -> Weights:
@@ -155,16 +145,6 @@ def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> N
     encoder.load_state_dict(state)
 
 
-def fetch(config) -> None:
-    """Have published weights in torch's cache where --init asks for them; one process downloads.
-
-    config   EncoderConfig
-    To be called before any process group exists.
-    """
-    if config.init == "imagenet":
-        imagenet_weights(config.arch, config.stem, config.width)
-
-
 def imagenet_weights(arch: str, stem: str, width: float) -> dict[str, Tensor]:
     """torchvision's ImageNet weights, from its cache or by its own download."""
     from torchvision import models
@@ -192,18 +172,14 @@ def _download(url: str, target: Path) -> None:
         ) from None
 
 
-def initialise(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:
-    """The encoder as --init says, and the mean and std that its inputs need.
-
-    images   whose mean and std are used where --init names no others
-    """
-    encoder = build_encoder(config)
-    if config.init == "random":
-        return encoder, *images.statistics()
+def start_from(
+    config: EncoderConfig, encoder: nn.Module, images
+) -> tuple[list[float], list[float]]:
+    """Load what --init names into the encoder; returns the mean and std that its inputs need."""
     if config.init == "imagenet":
         state = imagenet_weights(config.arch, config.stem, config.width)
         load_weights(encoder, state, "--init imagenet")
-        return encoder, TORCHVISION["mean"], TORCHVISION["std"]
+        return TORCHVISION["mean"], TORCHVISION["std"]
     weights = read_weights(config.init, "--init")
     weights.load_into(encoder, config, f"--init {config.init}")
-    return encoder, *weights.normalization(images)
+    return weights.normalization(images)

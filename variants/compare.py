@@ -13,11 +13,11 @@ import train_byol
 from byol.byol import BYOL
 from core.errors import UserError
 from core.files import write_json
-from core.options import RunConfig, read_config, spell
+from core.options import RunConfig, read_config
 from data.datasets import DataConfig
 from eval.classifiers import LinearConfig, MLPConfig
 from eval.trained import load, prepare
-from reproduce import HIDE, ReproduceConfig, Table, control_rows, frozen, frozen_rows
+from reproduce import HIDE, ReproduceConfig, Table, control_rows, frozen, frozen_rows, spell
 from training.command import execute
 from training.encoder import EncoderConfig
 from training.optimizers import OptimConfig

@@ -8,8 +8,8 @@ import torch
 
 from eval import export
 from eval.trained import load
-from training.encoder import Encoder
-from training.weights import read_weights, save_encoder
+from training.encoder import Encoder, save_encoder
+from training.weights import read_weights
 
 
 def features_of(run, images):

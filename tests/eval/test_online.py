@@ -17,7 +17,8 @@ from eval import online as module
 from eval.collapse import collapse_figures
 from eval.features import extract
 from eval.knn import knn_top1
-from eval.online import OnlineEval, held_out_order, hold_out_labels
+from eval.online import OnlineEval, held_out_order
+from eval.probe import hold_out_labels
 from training.distributed import SINGLE, Processes
 from training.encoder import Encoder
 

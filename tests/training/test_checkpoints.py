@@ -17,8 +17,10 @@ import torch
 from core.errors import RunError, UserError
 from core.files import write_atomically
 from training import checkpoints as module
-from training.checkpoints import Checkpoints, load_file, rejected, save_file
+from training.checkpoints import Checkpoints, rejected, save_file
 from training.distributed import SINGLE
+from training.load import load_file
+from training.resume import newest_valid
 from training.run_folder import RunFolder
 
 
@@ -38,16 +40,16 @@ def value(found: dict) -> float:
 
 
 def test_what_is_saved_comes_back_with_its_step(tmp_path):
-    found = folder(tmp_path, 5).newest_valid()
+    found = newest_valid(folder(tmp_path, 5))
     assert value(found) == 5 and found["step"] == 5 and found["note"] == "plain"
-    assert Checkpoints(tmp_path / "empty", 1).newest_valid() is None
+    assert newest_valid(Checkpoints(tmp_path / "empty", 1)) is None
 
 
 def test_only_the_newest_stay(tmp_path):
     checkpoints = folder(tmp_path, 8, 9, 10, 100, keep=2)
     assert [p.name for p in checkpoints.list()] == ["step-00000010.pt", "step-00000100.pt"]
     assert len(list(checkpoints.folder.iterdir())) == 4  # each with its checksum, nothing else
-    assert value(checkpoints.newest_valid()) == 100
+    assert value(newest_valid(checkpoints)) == 100
 
 
 def test_due_at_the_cadence_and_at_the_end(tmp_path):
@@ -100,7 +102,7 @@ def test_C15_a_file_that_may_not_grow_leaves_the_old(tmp_path):
     (text,) = forked.run(save_within, checkpoints, 5000)
     assert "step-00000002.pt: File too large" in text and "bytes needed" in text
     assert len(checkpoints.list()) == 1 and not list(checkpoints.folder.glob(".*.tmp"))
-    assert value(checkpoints.newest_valid()) == 1
+    assert value(newest_valid(checkpoints)) == 1
 
 
 def save_and_die(checkpoints, function: str, call: int, before: bool):
@@ -127,13 +129,13 @@ def test_C2_C3_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path, function, 
     checkpoints = folder(tmp_path, *old)
     child = forked.Children(save_and_die, checkpoints, function, call, before).wait()[0]
     assert child.code == -signal.SIGKILL
-    found = checkpoints.newest_valid()  # never an error: a first save that died is no checkpoint
+    found = newest_valid(checkpoints)  # never an error: a first save that died is no checkpoint
     if found is None:
         assert not old
     else:
         assert value(found) == (9 if found["step"] == 9 else 2)
     checkpoints.save(10, state(10))
-    assert value(checkpoints.newest_valid()) == 10 and len(checkpoints.list()) <= 2
+    assert value(newest_valid(checkpoints)) == 10 and len(checkpoints.list()) <= 2
 
 
 def cut(keep):
@@ -163,7 +165,7 @@ def test_C5_C6_C7_a_damaged_newest_falls_back_with_a_warning(tmp_path, damage, c
     checkpoints = folder(tmp_path, 1, 2)
     newest = checkpoints.list()[-1]
     newest.write_bytes(damage(newest.read_bytes()))
-    assert value(checkpoints.newest_valid()) == 1
+    assert value(newest_valid(checkpoints)) == 1
     warning = capsys.readouterr().err
     assert newest.name in warning and "checksum" in warning
 
@@ -173,7 +175,7 @@ def test_C7_a_damaged_checksum_falls_back_too(tmp_path, text):
     checkpoints = folder(tmp_path, 1, 2)
     path = checkpoints.list()[-1].with_suffix(".sha256")
     path.unlink() if text is None else path.write_text(text)
-    assert value(checkpoints.newest_valid()) == 1
+    assert value(newest_valid(checkpoints)) == 1
 
 
 def test_C8_all_damaged_is_an_error_that_lists_them(tmp_path):
@@ -181,7 +183,7 @@ def test_C8_all_damaged_is_an_error_that_lists_them(tmp_path):
     for path in checkpoints.list():
         path.write_bytes(b"")
     with pytest.raises(UserError) as error:
-        checkpoints.newest_valid()
+        newest_valid(checkpoints)
     assert all(p.name in str(error.value) for p in checkpoints.list())
 
 
@@ -191,7 +193,7 @@ def test_C18_dangling_links_and_strangers_are_no_checkpoints(tmp_path):
         (checkpoints.folder / name).symlink_to(tmp_path / "nowhere")
     (checkpoints.folder / "step-00000009.sha256").write_text("0" * 64)
     (checkpoints.folder / "last").symlink_to(tmp_path / "nowhere")
-    assert value(checkpoints.newest_valid()) == 1
+    assert value(newest_valid(checkpoints)) == 1
 
 
 def test_a_write_that_the_disk_garbles_is_noticed(tmp_path, monkeypatch):
@@ -204,13 +206,13 @@ def test_a_write_that_the_disk_garbles_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "write_atomically", garble)
     with pytest.raises(RunError, match="checksum"):
         checkpoints.save(3, state(3))
-    assert value(checkpoints.newest_valid()) == 2
+    assert value(newest_valid(checkpoints)) == 2
 
 
 def test_C1_leftovers_of_a_kill_are_removed(tmp_path):
     checkpoints = folder(tmp_path, 1)
     (checkpoints.folder / ".step-00000002.pt.tmp").write_bytes(b"half")
-    checkpoints.newest_valid()  # not here: another run may be writing it
+    newest_valid(checkpoints)  # not here: another run may be writing it
     assert list(checkpoints.folder.glob(".*"))
     RunFolder(tmp_path, {}, SINGLE, resume=True).close()  # it holds the lock
     assert not list(checkpoints.folder.glob(".*"))
@@ -220,12 +222,12 @@ def test_C5_what_is_damaged_does_not_count_among_those_kept(tmp_path):
     checkpoints = folder(tmp_path, 1, 2, 3, keep=3)
     for path in checkpoints.list()[1:]:
         path.write_bytes(b"")
-    assert value(checkpoints.newest_valid()) == 1
+    assert value(newest_valid(checkpoints)) == 1
     checkpoints.set_aside(after=1)
     checkpoints.keep = 2
     checkpoints.save(2, state(4))
     assert [p.name for p in checkpoints.list()] == ["step-00000001.pt", "step-00000002.pt"]
-    assert value(checkpoints.newest_valid()) == 4
+    assert value(newest_valid(checkpoints)) == 4
 
 
 def test_a_file_is_replaced_and_flushed_in_the_right_order(tmp_path, monkeypatch):
@@ -331,7 +333,7 @@ def save_on_a_small_disk(checkpoints, size: int):
     with pytest.raises(RunError) as error:
         checkpoints.save(2, {"weight": torch.ones(size // 4)})
     left = [p.name for p in checkpoints.folder.iterdir() if p.suffix != ".sha256"]
-    return str(error.value), left, value(checkpoints.newest_valid())
+    return str(error.value), left, value(newest_valid(checkpoints))
 
 
 def test_C15_a_disk_that_is_full_says_how_much_is_needed(tmp_path):

@@ -13,7 +13,8 @@ import linear_eval
 import train_baseline
 import train_byol
 from core.errors import UserError
-from core.options import as_dict, differences, option, read_config, spell
+from core.options import as_dict, differences, option, read_config
+from reproduce import spell
 from variants.barlow_twins import BarlowTwins
 from variants.dino import DINO
 from variants.moco_v3 import MoCoV3

@@ -17,10 +17,11 @@ from byol.byol import BYOL
 from core.errors import UserError
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
-from training import distributed
+from training import distributed, launch
 from training.checkpoints import Checkpoints
-from training.distributed import RELAUNCHED, Processes, relaunch_if_needed
+from training.distributed import Processes
 from training.encoder import Encoder
+from training.launch import RELAUNCHED, relaunch_if_needed
 from training.loop import train_steps
 from training.optimizers import build_optimizer
 from training.precision import Precision
@@ -187,7 +188,7 @@ def exec_(monkeypatch, tmp_path):
     Path("some folder/train_byol.py").touch()
     called = []
     monkeypatch.setattr(os, "execve", lambda *args: called.append(args))
-    for name in [n for n in os.environ if distributed._from_launcher(n)]:
+    for name in [n for n in os.environ if launch._from_launcher(n)]:
         monkeypatch.delenv(name)
     monkeypatch.delenv(RELAUNCHED, raising=False)
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
@@ -247,7 +248,7 @@ def test_L1_torchrun_with_one_worker_becomes_torchrun_with_more(exec_, monkeypat
              MASTERPIECE="kept")  # fmt: skip
     relaunch_if_needed(2, "cpu", ARGUMENTS)
     environment = exec_[0][2]
-    left = {k for k in environment if distributed._from_launcher(k)}
+    left = {k for k in environment if launch._from_launcher(k)}
     assert left == set() and not {"RANK", "MASTER_PORT", "PET_NPROC_PER_NODE"} & set(environment)
     assert environment["TORCHELASTIC_ERROR_FILE"] == "/x/error.json"
     assert environment["MASTERPIECE"] == "kept"

@@ -11,7 +11,7 @@ import train_byol
 from data.images import Images
 from data.loader import Loader
 from data.views import ViewConfig
-from eval.online import OnlineProbe
+from eval.probe import OnlineProbe
 from training.loop import seed_step, train_steps
 from training.method import Method, option
 from training.precision import Precision
@@ -93,7 +93,6 @@ def test_each_step_has_its_index_epoch_rate_and_progress():
     steps = list(train_steps(method, loader(), sgd(method), Precision("fp32", CPU), **SETTINGS))
     assert [s.index for s in steps] == list(range(6))
     assert [s.epoch for s in steps] == [0, 0, 0, 0, 0, 1]
-    assert [s.ends_epoch for s in steps] == [False] * 4 + [True, False]
     assert [s.last for s in steps] == [False] * 5 + [True]
     assert [s.lr for s in steps[:3]] == pytest.approx([0, 0.05, 0.1])
     assert method.progress == pytest.approx([k / 6 for k in range(6)])

@@ -23,9 +23,9 @@ from launchers import ROOT, newest, rows
 from core import errors
 from core.errors import Console, RunError, UserError, one_line_errors
 from core.files import locked, open_locked, write_atomically
-from training import weights
-from training.distributed import RELAUNCHED, SINGLE, relaunch_if_needed
-from training.encoder import EncoderConfig
+from training.distributed import SINGLE
+from training.encoder import EncoderConfig, fetch
+from training.launch import RELAUNCHED, relaunch_if_needed
 from training.run_folder import RunFolder, check_place
 from training.stopping import Watch
 
@@ -132,7 +132,7 @@ def test_published_weights_are_fetched_by_one_process(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "new"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    forked.run(weights.fetch, EncoderConfig(init="imagenet"), ranks=3)
+    forked.run(fetch, EncoderConfig(init="imagenet"), ranks=3)
     assert (tmp_path / "log").read_text().count("resnet18-f37072fd.pth") == 1
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from byol.byol import BYOL
-from eval.online import OnlineProbe
+from eval.probe import OnlineProbe
 from training.encoder import Encoder
 from training.method import Method
 from training.optimizers import LARS, build_optimizer

@@ -18,6 +18,7 @@ from core.errors import RunError
 from training import stopping
 from training.checkpoints import Checkpoints
 from training.distributed import SINGLE
+from training.resume import newest_valid
 from training.stopping import Watch
 
 STEPS = 30
@@ -96,7 +97,7 @@ def test_S5_a_second_signal_ends_at_once(sample, recipe, tmp_path, monkeypatch):
         time.sleep(0.1)
     assert child.wait()[0].code == 128 + signal.SIGTERM
     assert time.monotonic() - begun < 5
-    assert Checkpoints(out / "checkpoints", 0).newest_valid()["step"] == 4
+    assert newest_valid(Checkpoints(out / "checkpoints", 0))["step"] == 4
 
 
 def test_R14_a_kill_at_any_time_resumes_exactly(whole, recipe, tmp_path):
@@ -132,7 +133,7 @@ def test_N1_nan_on_one_rank_stops_both(sample, recipe, tmp_path, batch_norm):
     outcomes = children.wait()
     assert [o.code for o in outcomes] == [1, 1], outcomes
     assert "not finite at step 3" in outcomes[0].output and "Traceback" not in outcomes[0].output
-    newest = Checkpoints(out / "checkpoints", 0).newest_valid()
+    newest = newest_valid(Checkpoints(out / "checkpoints", 0))
     assert newest["step"] == 3
     values = [v for v in newest["model"].values() if v.is_floating_point()]
     assert all(torch.isfinite(v).all() for v in values)
@@ -150,7 +151,7 @@ def test_N1_nan_stops_labelled_training_too(sample, recipe, tmp_path, capsys, mo
     with pytest.raises(SystemExit) as stop:
         train_baseline.main(["--recipe", recipe, "--out", str(out), "--save-every", "1"])
     assert stop.value.code == 1 and "not finite at step 3" in capsys.readouterr().err
-    assert Checkpoints(out / "checkpoints", 0).newest_valid()["step"] == 3
+    assert newest_valid(Checkpoints(out / "checkpoints", 0))["step"] == 3
 
 
 class BadGradient(BYOL):
@@ -171,7 +172,7 @@ def test_N2_a_nan_gradient_with_a_finite_loss_is_never_saved(sample, recipe, tmp
     with pytest.raises(SystemExit) as stop:
         train(recipe, out, "--save-every", "1", method=BadGradient)
     assert stop.value.code == 1 and "not finite at step 5" in capsys.readouterr().err
-    assert Checkpoints(out / "checkpoints", 0).newest_valid()["step"] == 5
+    assert newest_valid(Checkpoints(out / "checkpoints", 0))["step"] == 5
 
 
 class Broken(BYOL):

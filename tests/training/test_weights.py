@@ -20,8 +20,8 @@ import train_baseline
 import train_byol
 from core.errors import UserError
 from eval.trained import tables_of
-from training.encoder import Encoder, EncoderConfig
-from training.weights import TORCHVISION, initialise, load_weights, read_weights, save_encoder
+from training.encoder import Encoder, EncoderConfig, initialise, save_encoder
+from training.weights import TORCHVISION, load_weights, read_weights
 
 META = {"arch": "resnet18", "stem": "small", "width": 0.125, "mean": [0.5] * 3, "std": [0.25] * 3}
 

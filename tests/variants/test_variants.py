@@ -14,8 +14,7 @@ import linear_eval
 import train_byol
 from core.options import KNOWN_TABLES
 from data import datasets
-from training.encoder import build_encoder
-from training.weights import save_encoder
+from training.encoder import build_encoder, save_encoder
 from variants.barlow_twins import BarlowTwins
 from variants.dino import DINO
 from variants.moco_v3 import MoCoV3
