@@ -47,8 +47,8 @@ MUTATIONS = {
         f"{LOOP} -k float32"),
     # networks
     "batch norm over both views at once": (
-        "byol/byol.py", "representation = [self.encoder(view) for view in views]",
-        "representation = list(self.encoder(torch.cat(views)).chunk(2))",
+        "training/method.py", "[self.encoder(view) for view in views]",
+        "list(self.encoder(torch.cat(views)).chunk(2))",
         f"{BYOL} -k statistics_are_those"),
     "target in eval mode": (
         "byol/byol.py", "representation = [self.target_encoder(view)",

@@ -15,7 +15,6 @@ from torch import nn
 from core.errors import RunError
 from training.distributed import Processes, sum_over_ranks
 
-STOPPED = 75  # exit code (EX_TEMPFAIL): saved on request, go on with --resume
 SAME = 2.0  # seconds: Ctrl-C arrives twice, from the terminal and from torchrun
 SKIPS = 50  # steps in a row that the gradient scaler may skip; it has halved its scale as often
 

@@ -194,3 +194,31 @@ def test_weights_that_say_nothing_are_taken_for_torchvisions(tmp_path):
     assert transform == EvalTransform(
         [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], size=256, crop=224, stored=256
     )
+
+
+def test_a_notebooks_two_lines(trained_run, pictures, subset):
+    """The features of an image are the same as a file, as pixels, in a batch and in a data set."""
+    encoder, transform = load(trained_run)
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    expected = extract(encoder, subset.test, transform)
+    pixels = subset.test.gather(np.arange(3))
+    with Image.open(pictures / "001.png") as image:
+        found = encoder(transform(image))
+    assert found.shape == (1, encoder.feature_size)
+    for rows in (found, encoder(transform(pixels[1])), encoder(transform(pixels))[1:2]):
+        torch.testing.assert_close(rows, expected[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_of_any_kind_are_brought_to_the_encoders_size(trained_run, tmp_path):
+    """As eval.predict does: upright, on white, resized, centre square."""
+    _, transform = load(trained_run)
+    image = Image.new("RGBA", (40, 90), (0, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 40, 45))
+    image.getexif()[0x0112] = 3  # upside down
+    exif = image.getexif()
+    image.save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as opened:
+        found = transform(opened)
+    expected = transform(torch.from_numpy(decode(tmp_path / "x.png", 28).pixels))
+    assert found.shape == (1, 3, 28, 28) and torch.equal(found, expected)
+    assert found[0, 0, 27, 14] < found[0, 0, 0, 14]  # blue below, white above
