@@ -100,9 +100,9 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
         result = {"name": method.name, "dataset": config.data.dataset, **result}
         session.finish(result)
         if every:
-            features, known, thumbnails = online.embedding(method)
-            names = [data.class_names[i] for i in known]
-            session.folder.embed(session.total - 1, features, names, thumbnails)
+            from eval import projector  # of no use without evaluations
+
+            projector.show(session, online, data.class_names)
     report(result, out, processes)
     return result
 

@@ -13,7 +13,7 @@ from data.views import ViewConfig
 from eval.classifiers import Classifier, accuracy
 from eval.frozen import FrozenEncoder
 from training.distributed import gather
-from training.schedules import learning_rate, peak_rate
+from training.loop import learning_rate, peak_rate
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.datasets import Dataset
 from data.loader import Loader, generator
-from data.transform import EvalTransform, frame
+from data.transform import EvalTransform
 from data.views import draw
 from eval.collapse import NAMES, collapse_alarms, collapse_figures
 from eval.features import extract
@@ -96,15 +96,6 @@ class OnlineEval:
                     for metric, text in collapse_alarms(row, first, dimensions).items():
                         texts.setdefault(metric, text)
         return list(texts.values())
-
-    def embedding(self, method: Method, count: int = 1000) -> tuple[Tensor, list[int], Tensor]:
-        """Features, labels and thumbnails of train images, for a projector; no labels: []."""
-        images = self.images if self.labels is not None else self.watched
-        images = images.subset(np.arange(min(count, len(images))))
-        features = extract(method.encoder, images, self.transform, self.processes)
-        labels = [] if self.labels is None else self.labels[: len(images)].tolist()
-        blocks = np.array_split(np.arange(len(images)), 10)
-        return features, labels, torch.cat([frame(images.gather(b), 32, 32) for b in blocks])
 
     def _accuracy(self, method: Method) -> dict[str, float]:
         n, labels = self.queries, self.labels

@@ -15,8 +15,8 @@ from data import datasets
 from data.labelled import FOLDS, Split, each_fold, evaluation
 from eval.protocols import over_folds
 from training.distributed import Processes, barrier
+from training.loop import peak_rate
 from training.run_folder import RunFolder, finished, say
-from training.schedules import peak_rate
 from training.stopping import Watch
 
 SWEEP = (

@@ -28,8 +28,8 @@ from byol.byol import BYOL
 from core import files as module
 from training import stopping
 from training.checkpoints import Checkpoints
+from training.loop import learning_rate
 from training.resume import newest_valid
-from training.schedules import learning_rate
 
 faults = pytest.mark.faults
 ROOT = Path(train_byol.__file__).parent

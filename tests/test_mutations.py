@@ -95,12 +95,12 @@ MUTATIONS = {
         "method.after_step(k / total); applied = precision.step(optimizer)", f"{GOLDEN}"),
     # schedules
     "cosine over a wrong total": (
-        "training/schedules.py", "(step - warmup) / (total - warmup)", "(step - warmup) / total",
+        "training/loop.py", "(step - warmup) / (total - warmup)", "(step - warmup) / total",
         f"{PLAN}"),
     "a first step above rate 0": (
-        "training/schedules.py", "peak * step / warmup", "peak * (step + 1) / warmup", f"{PLAN}"),
+        "training/loop.py", "peak * step / warmup", "peak * (step + 1) / warmup", f"{PLAN}"),
     "Adam's rate scaled by the batch": (
-        "training/schedules.py", 'return lr if optimizer == "adamw" else lr', "return lr",
+        "training/loop.py", 'return lr if optimizer == "adamw" else lr', "return lr",
         f"{PLAN} -k except_for_adam"),
     # LARS
     "rate inside the momentum": (
@@ -126,7 +126,7 @@ MUTATIONS = {
         "train_baseline.py", 'SKIP = ("optim",)', "SKIP = ()",
         "tests/training/test_config.py -k pretraining_alone"),
     "warm-up cut to a tenth": (
-        "training/schedules.py", "total // 2)", "total // 10)", f"{PLAN} -k warmup"),
+        "training/loop.py", "total // 2)", "total // 10)", f"{PLAN} -k warmup"),
     "Barlow Twins divides by std + 1e-5": (
         "variants/barlow_twins.py", "(batch_norm(z, None, None, training=True) for",
         "((z - z.mean(0)) / (z.std(0, correction=0) + 1e-5) for",
@@ -178,7 +178,7 @@ MUTATIONS = {
         f"{SCRIPTS} -k inputs_are_normalised"),
     # checkpoints and precision
     "scaler not saved": (
-        "training/precision.py", "return self.scaler.state_dict()", "return {}",
+        "training/loop.py", "return self.scaler.state_dict()", "return {}",
         "tests/training/test_precision.py -k goes_on"),
     "a load that hides a mismatch": (
         "training/load.py", "    if problems := misfits(own, state):\n",

@@ -29,9 +29,8 @@ from training import batchnorm, distributed
 from training.checkpoints import Checkpoints
 from training.distributed import Processes
 from training.encoder import Encoder, parameter_count
-from training.loop import train_steps
+from training.loop import Precision, train_steps
 from training.optimizers import build_optimizer
-from training.precision import Precision
 from training.resume import newest_valid
 from variants.barlow_twins import BarlowTwins
 from variants.dino import DINO

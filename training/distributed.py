@@ -154,30 +154,6 @@ def own_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def first_difference(tensors: dict[str, Tensor]) -> str:
-    """The name of the first tensor that is not the same, bit for bit, on all ranks; "" if none.
-
-    Sums of the values' bits are compared, in one small collective: a single weight is found.
-    """
-    if not dist.is_initialized():
-        return ""
-    bits = {1: torch.uint8, 2: torch.int16}  # else pieces of 4 bytes, whose sum has room
-    flat = [t.detach().reshape(-1) for t in tensors.values()]
-    flat = [values.view(bits.get(values.element_size(), torch.int32)) for values in flat]
-    sums = torch.stack([values.sum(dtype=torch.int64) for values in flat])
-    extremes = torch.stack([sums, -sums])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    differs = (extremes[0] != -extremes[1]).tolist()
-    return next((name for name, differ in zip(tensors, differs, strict=True) if differ), "")
-
-
-def broadcast_buffers(method: nn.Module) -> None:
-    """Give every process rank 0's buffers: with local batch norm they differ."""
-    if dist.is_initialized():
-        for buffer in method.buffers():
-            dist.broadcast(buffer, 0)
-
-
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():

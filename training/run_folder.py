@@ -202,16 +202,6 @@ class RunFolder:
             text = f"step {row['step'] + 1}/{self.total}  loss {row['loss']:.3f} {knn}"
             print(f"{text}  {row['images_per_second']} images/s", flush=True)
 
-    def show(self, config: dict, views: torch.Tensor) -> None:
-        """In TensorBoard: the settings as a table, and a picture of views, (3, H, W) in 0..1."""
-        if self.board is not None:
-            self.board.show(config, views)
-
-    def embed(self, step: int, features: torch.Tensor, names: list[str], images) -> None:
-        """In TensorBoard's projector: features (N, D) with class names and images (N, 3, s, s)."""
-        if self.board is not None:
-            self.board.embed(step, features, names, images)
-
     def flush(self) -> None:
         """Rows on the disk before the checkpoint that stands for them."""
         if self.metrics is not None:
@@ -248,17 +238,10 @@ def read_metrics(path: Path) -> list[dict]:
 @functools.cache  # it goes into each checkpoint
 def git_commit() -> str:
     """The commit of this code, "unknown" outside a checkout."""
-    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    settings = dict(cwd=Path(__file__).parent, text=True, timeout=10, stderr=subprocess.DEVNULL)
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-        return found.stdout.strip()
+        return subprocess.check_output(command, **settings).strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -4,19 +4,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from core.errors import RunError, Stopped
 from core.files import write_json
 from core.options import as_dict
 from training import distributed
 from training.checkpoints import Checkpoints, save_file, training_state
 from training.encoder import describe_encoder, parameter_count, save_encoder
-from training.loop import Step, train_steps
+from training.loop import Precision, Step, peak_rate, pick_precision, train_steps, warmup_steps
 from training.optimizers import build_optimizer
-from training.precision import Precision, pick_precision
 from training.run_folder import RunFolder, git_commit, read_metrics, say
-from training.schedules import peak_rate, warmup_steps
 from training.stopping import Watch
 
 
@@ -120,8 +116,8 @@ class Session:
         """
         o = self.config.optim
         self.folder.begin(self.done, self.stop, self.method.name, o.batch_size)
-        if self.processes.main and not self.done:
-            self.folder.show(as_dict(self.config), self.loader.preview())
+        if self.folder.board is not None and not self.done:
+            self.folder.board.show(as_dict(self.config), self.loader.preview())
         for step in train_steps(
             self.model,
             self.loader,
@@ -181,17 +177,14 @@ class Session:
 
     def compare_replicas(self) -> None:
         """RunError, on all ranks alike, where they stand at other steps or hold other weights."""
-        local = self.config.run.batch_norm == "local"  # then buffers differ
-        tensors = {"the number of steps": torch.tensor([self.done], device=self.processes.device)}
-        tensors |= dict(self.method.named_parameters() if local else self.method.state_dict())
-        if name := distributed.first_difference(tensors):
-            raise RunError(
-                f"{name} differs between the processes after step {self.done:,}: checkpoints on "
-                "different disks, a target or buffer that moves by a process's own state, unlike "
-                "machines or a faulty one; the newest checkpoint is from before"
-            )
+        if self.processes.world_size > 1:
+            from training.replicas import compare  # of no use to a single process
+
+            compare(self.method, self.done, self.config.run.batch_norm, self.processes.device)
 
     def share_buffers(self) -> None:
         """Before evaluating and saving: with local batch norm, rank 0's buffers for all."""
-        if self.config.run.batch_norm == "local":
-            distributed.broadcast_buffers(self.method)
+        if self.processes.world_size > 1 and self.config.run.batch_norm == "local":
+            from training.replicas import broadcast_buffers  # of no use to a single process
+
+            broadcast_buffers(self.method)

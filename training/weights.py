@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.files import locked, read_json
+from core.files import read_json
+from core.locks import locked
 from training.encoder import EncoderConfig, build_encoder
 from training.foreign import find_network, is_plain, with_counters
 from training.load import check_fits, load_file

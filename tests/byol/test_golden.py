@@ -20,9 +20,8 @@ from data.images import Images
 from data.loader import VIEWS, Loader, generator
 from data.views import View2Config, ViewConfig, draw
 from training.encoder import Encoder
-from training.loop import train_steps
+from training.loop import Precision, train_steps
 from training.optimizers import build_optimizer
-from training.precision import Precision
 
 STEPS, WARMUP, BATCH, SIZE, SEED = 30, 4, 6, 24, 5
 PEAK, DECAY, MOMENTUM, BASE_TAU = 1.5, 1e-3, 0.9, 0.9

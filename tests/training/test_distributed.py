@@ -17,14 +17,13 @@ from byol.byol import BYOL
 from core.errors import UserError
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
-from training import distributed, launch
+from training import distributed, launch, replicas
 from training.checkpoints import Checkpoints
 from training.distributed import Processes
 from training.encoder import Encoder
 from training.launch import RELAUNCHED, relaunch_if_needed
-from training.loop import train_steps
+from training.loop import Precision, train_steps
 from training.optimizers import build_optimizer
-from training.precision import Precision
 
 CPU = torch.device("cpu")
 
@@ -46,7 +45,7 @@ def train(images, accumulate: int, optimizer: str = "lars", batch_norm: str = "s
         losses.append(float(distributed.sum_over_ranks(step.loss.clone())) / ranks)
     before = digest(method.state_dict())
     if batch_norm == "local":
-        distributed.broadcast_buffers(method)
+        replicas.broadcast_buffers(method)
     return {k: v.clone() for k, v in method.state_dict().items()}, losses, before
 
 
@@ -118,7 +117,7 @@ def difference(change):
     tensors |= {"d": torch.tensor([True, False]), "e": torch.ones(3, dtype=torch.bfloat16)}
     if dist.get_rank() == 1:
         change(tensors)
-    return distributed.first_difference(tensors)
+    return replicas.first_difference(tensors)
 
 
 def next_float(tensors):

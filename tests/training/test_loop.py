@@ -12,9 +12,8 @@ from data.images import Images
 from data.loader import Loader
 from data.views import ViewConfig
 from eval.probe import OnlineProbe
-from training.loop import seed_step, train_steps
+from training.loop import Precision, seed_step, train_steps
 from training.method import Method, option
-from training.precision import Precision
 
 CPU = torch.device("cpu")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from core.errors import UserError
-from training import precision as module
-from training.precision import Precision, pick_precision
+from training import loop as module
+from training.loop import Precision, pick_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

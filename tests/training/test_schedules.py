@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from training.schedules import learning_rate, peak_rate, warmup_steps
+from training.loop import learning_rate, peak_rate, warmup_steps
 
 
 def test_rate_at_the_landmarks():
