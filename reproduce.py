@@ -1,6 +1,12 @@
 """Every row of the results table for one recipe: controls, baseline, pretraining, evaluations.
 
     python reproduce.py --recipe recipes/sample.toml --out runs/sample
+    python reproduce.py --recipe recipes/sample.toml --methods byol simsiam dino --steps 1800
+
+Several methods share one budget: data, steps, batch and views are the recipe's (but for DINO's
+views); a method's table in the recipe may set its rate and the like.  Their table has accuracy on
+frozen features, its spread over seeds, and speed.  Flags of [optim], such as --steps, are
+pretraining's.
 
 Interrupt it at any time: what is done is skipped when it is started again.  To choose settings, add
 `--evaluate-on validation --reproduce.first-draw 1000`: labelled images outside draws that no
@@ -9,13 +15,16 @@ table reports take the place of the test images.
 
 import dataclasses
 import functools
+import importlib
 import platform
 import shlex
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import finetune
@@ -30,6 +39,7 @@ from data.transform import EvalTransform
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.frozen import Features, FrozenEncoder, pixels
 from eval.knn import knn_top1
+from eval.methods import CONTROLS, method_rows, methods_markdown
 from eval.protocols import of_head
 from eval.table import Cells, markdown
 from eval.trained import load
@@ -41,6 +51,10 @@ from training.run_folder import git_commit, read_metrics, say
 
 HIDE = tuple("labels draw fold init resume overwrite stop_after online_probe seed".split())
 SHARED = ("data", "encoder", "run")  # sections whose flags go on to the scripts
+METHODS = (
+    ("--methods",),
+    dict(nargs="+", default=["byol"], metavar="NAME", help="byol, or files of variants/ [byol]"),
+)
 
 
 @dataclass
@@ -56,34 +70,56 @@ class ReproduceConfig:
     inits: list[str] = option(["random"], "starting points", choices=("random", "imagenet"))
 
 
-def configure(argv: list[str], method_class=train_byol.BYOL):
-    """The settings of the whole table."""
+def method_of(name: str):
+    """The class of variants/NAME.py, or BYOL; UserError where there is none."""
+    if name == "byol":
+        return train_byol.BYOL
+    if not (Path(__file__).parent / "variants" / f"{name}.py").exists():
+        raise UserError(f"--methods {name}: no file variants/{name}.py; byol, simsiam, dino, ...?")
+    module = importlib.import_module(f"variants.{name}")
+    return next(c for c in vars(module).values() if getattr(c, "name", None) == name)
+
+
+def configure(argv: list[str]):
+    """The settings of the whole table; a mistake in any table that it needs shows up here."""
     sections = {
         "data": datasets.DataConfig,
         "encoder": EncoderConfig,
+        "optim": OptimConfig,
         "run": RunConfig,
         "linear": LinearConfig,
         "mlp": MLPConfig,
         "reproduce": ReproduceConfig,
     }
-    config = read_config(argv, sections, description=__doc__, hide=HIDE)
+    config = read_config(argv, sections, description=__doc__, extra=(METHODS,), hide=HIDE)
     if not config.recipe:
         raise UserError("--recipe is missing: name one of recipes/*.toml")
-    config.run.out = config.run.out or f"runs/{Path(config.recipe).stem}"
-    # The scripts below read the same recipe; a mistake in any of their tables shows up now.
+    several = len(config.methods) > 1
+    config.run.out = config.run.out or f"runs/{'methods' if several else Path(config.recipe).stem}"
     recipe = ["--recipe", config.recipe]
-    sections = {"optim": OptimConfig, "finetune": finetune.Finetune.Config}
-    config.optim = train_byol.configure(recipe, method_class).optim
-    baseline = train_baseline.configure(recipe)
-    tuning = read_config(
-        recipe, sections, own="finetune", defaults=finetune.DEFAULTS, skip=train_baseline.SKIP
-    )
+    words = [*recipe, *spell({k: v for k, v in config.flags.items() if k.startswith("optim.")})]
+    config.methods = [method_of(name) for name in config.methods]
+    settings = [train_byol.configure(words, method) for method in config.methods]
+    config.batch_size = max(s.optim.batch_size for s in settings)
+    if not several:
+        check_budgets(config, recipe)
+    return config
+
+
+def check_budgets(config, recipe: list[str]) -> None:
+    """UserError where a budget is smaller than a batch of the baseline or of fine-tuning."""
+    tuning = {"optim": OptimConfig, "finetune": finetune.Finetune.Config}
+    trained = {
+        "baseline": train_baseline.configure(recipe),
+        "finetune": read_config(
+            recipe, tuning, own="finetune", defaults=finetune.DEFAULTS, skip=train_baseline.SKIP
+        ),
+    }
     budget = min(config.reproduce.budgets)
-    for table, settings in {"baseline": baseline, "finetune": tuning}.items():
+    for table, settings in trained.items():
         if settings.optim.batch_size > budget:
             text = f"batches of [{table}] have {settings.optim.batch_size} images"
             raise UserError(f"--reproduce.budgets {budget}: {text}; lower its batch_size")
-    return config
 
 
 def spell(flags: dict, hide: tuple = ()) -> list[str]:
@@ -116,7 +152,7 @@ class Table:
             except UserError as error:  # it names the scripts' flag
                 raise UserError(str(error).replace("--labels", "--reproduce.budgets")) from None
         images, _ = self.data.pretraining(config.data.pretrain_on)
-        if (batch := config.optim.batch_size) > len(images):
+        if (batch := config.batch_size) > len(images):
             raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
         if processes.main:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -264,32 +300,65 @@ def prepare(config) -> None:
         fetch(dataclasses.replace(config.encoder, init=init))
 
 
-def run(config, processes, method_class=train_byol.BYOL) -> dict:
+def pretrain(table: Table, method, init: str, seed: int) -> Path:
+    """Pretrain, unless that is done; returns the run folder."""
+    folder = f"{method.name}-{init}-seed{seed}"
+    optim = spell({k: v for k, v in table.config.flags.items() if k.startswith("optim.")})
+    words = [*table.command(folder), *optim, "--init", init, "--seed", str(seed)]
+    train_byol.run(train_byol.configure(words, method), table.processes, method)
+    return table.out / folder
+
+
+def run(config, processes) -> dict:
     """All rows; writes results.json, results.md and results.png into --out."""
-    started, m = time.perf_counter(), method_class.name
-    table, r = Table(config, processes), config.reproduce
+    table, r, started = Table(config, processes), config.reproduce, time.perf_counter()
+    if len(config.methods) > 1:
+        return compare(table, config.methods)
+    (method,), folders = config.methods, []
+    m = method.name
     control_rows(table, r.inits)
-    folders = []
     for init in r.inits:
         trained_rows(table, "baseline", init, 0, train_baseline, ["--init", init])
         for seed in range(r.seeds):
-            folder = f"{m}-{init}-seed{seed}"
-            settings = train_byol.configure(
-                [*table.command(folder), "--init", init, "--seed", str(seed)], method_class
-            )
-            train_byol.run(settings, processes, method_class)
-            run_folder = table.out / folder
-            folders.append(run_folder)
+            folders.append(pretrain(table, method, init, seed))
             rows = {f"{m}-knn": "knn", f"{m}-linear": "linear", f"{m}-mlp": "mlp"}
-            features = frozen(table, functools.partial(load, run_folder))
-            frozen_rows(table, rows, init, seed, features)
-            trained_rows(table, f"{m}-finetune", init, seed, finetune, ["--ckpt", str(run_folder)])
+            frozen_rows(table, rows, init, seed, frozen(table, partial(load, folders[-1])))
+            flags = ["--ckpt", str(folders[-1])]
+            trained_rows(table, f"{m}-finetune", init, seed, finetune, flags)
     rows, claims = table.cells.rows(), table.cells.claims(m)
     total = time.perf_counter() - started
     if processes.main:
         report(table, rows, claims, folders)
     say(processes, f"{table.out}/results.md, .json and .png written; {total / 60:.1f} minutes")
     return {"rows": rows, "claims": claims}
+
+
+def compare(table: Table, methods: list[type]) -> dict:
+    """Pretrain each method with each seed, measure; methods.md, .json and .png in --out."""
+    budgets, found = table.config.reproduce.budgets, []
+    control_rows(table, ["random"])
+    for method in methods:
+        rates = []
+        for seed in range(table.config.reproduce.seeds):
+            folder = pretrain(table, method, "random", seed)
+            rows = {f"{method.name}-linear": "linear", f"{method.name}-knn": "knn"}
+            frozen_rows(table, rows, "random", seed, frozen(table, partial(load, folder)))
+            rates += [
+                row["images_per_second"] for row in read_metrics(folder / "metrics.jsonl")[1:]
+            ]
+        found += method_rows(table.cells, method.name, budgets, float(np.median(rates)))
+    for name in CONTROLS:
+        found += method_rows(table.cells, name, budgets, None)
+    if table.processes.main:
+        from eval.pictures import methods_figure, save  # matplotlib is slow to import
+
+        write_json(table.out / "methods.json", found)
+        (table.out / "methods.md").write_text(methods_markdown(found), encoding="utf-8")
+        save(methods_figure(found), table.out / "methods.png")
+    say(
+        table.processes, f"\n{methods_markdown(found)}\n{table.out}/methods.md, .json, .png written"
+    )
+    return {"rows": found}
 
 
 def report(table: Table, rows, claims, folders: list[Path]) -> None:
@@ -329,14 +398,9 @@ def processor(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def main(method_class=train_byol.BYOL, argv: list[str] | None = None) -> dict:
-    """Run from the command line; with a variant's class, its table."""
-    return execute(
-        lambda args: configure(args, method_class),
-        lambda config, processes: run(config, processes, method_class),
-        prepare,
-        argv,
-    )
+def main(argv: list[str] | None = None) -> dict:
+    """Run from the command line."""
+    return execute(configure, run, prepare, argv)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """The same work by lightly: `python -m benchmarks.peers`, after benchmarks/requirements.txt.
 
-lightly's side follows its published BYOL example: torchvision's ResNet-18, its heads, transform,
-loss and moving average, SGD, a DataLoader; images come from memory as PIL images.  It runs as it
-stands, and with bf16 autocast and channels-last memory, the two lines that most users would add.
-Same network, heads, batch and images on both sides.
+lightly's side follows its published BYOL example: its heads, transform, loss and moving average,
+SGD, a DataLoader; images come from memory as PIL images.  It runs as it stands, and with bf16
+autocast and channels-last memory, the two lines that most users would add.  Network, batch and
+images are the same on both sides, each in a process of its own.
 """
 
 import copy
 import itertools
+import multiprocessing
 import statistics
-import sys
 import tempfile
+from collections.abc import Callable
 
 import torch
-import torchvision
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -26,17 +26,18 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import timing
-from benchmarks.throughput import MEAN, SIZES, STD, Training, photographs
-from data.loader import generator
-from data.views import View2Config, ViewConfig, apply, draw, normalise
+from benchmarks.throughput import SIZES, Training, alternate, main, photographs, row
+from training.encoder import Encoder
 
 
 class Pictures(Dataset):
     """PIL images in memory under lightly's transform."""
 
-    def __init__(self, images: list, transform) -> None:
-        self.images, self.transform = images, transform
+    def __init__(self, count: int, side: int) -> None:
+        pixels = photographs(count, side).transpose(0, 2, 3, 1)
+        self.images = [Image.fromarray(image) for image in pixels]
+        views = BYOLView1Transform(input_size=side), BYOLView2Transform(input_size=side)
+        self.transform = BYOLTransform(*views)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -45,35 +46,24 @@ class Pictures(Dataset):
         return self.transform(self.images[index])
 
 
-def pictures(count: int, side: int) -> list:
-    """The same photographs as our side gets, as PIL images."""
-    return [Image.fromarray(a) for a in photographs(count, side).transpose(0, 2, 3, 1)]
-
-
-def transform(side: int) -> BYOLTransform:
-    """Its two views at `side` pixels."""
-    return BYOLTransform(BYOLView1Transform(input_size=side), BYOLView2Transform(input_size=side))
-
-
 class Lightly(nn.Module):
-    """Its building blocks around a backbone that gives `features` numbers; both heads alike."""
+    """BYOL out of lightly's building blocks."""
 
-    def __init__(self, backbone: nn.Module, features=512, hidden=1024, projection=256) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.projection_head = BYOLProjectionHead(features, hidden, projection)
-        self.prediction_head = BYOLPredictionHead(projection, hidden, projection)
+        self.projection_head = BYOLProjectionHead(512, 1024, 256)
+        self.prediction_head = BYOLPredictionHead(256, 1024, 256)
         self.backbone_momentum = copy.deepcopy(self.backbone)
         self.projection_head_momentum = copy.deepcopy(self.projection_head)
         deactivate_requires_grad(self.backbone_momentum)
         deactivate_requires_grad(self.projection_head_momentum)
 
     def forward(self, x):
-        return self.prediction_head(self.projection_head(self.backbone(x).flatten(start_dim=1)))
+        return self.prediction_head(self.projection_head(self.backbone(x)))
 
     def forward_momentum(self, x):
-        y = self.backbone_momentum(x).flatten(start_dim=1)
-        return self.projection_head_momentum(y).detach()
+        return self.projection_head_momentum(self.backbone_momentum(x)).detach()
 
 
 class Peer:
@@ -81,18 +71,15 @@ class Peer:
 
     def __init__(self, side: int, images: int, steps: int, workers: int, tuned: bool) -> None:
         torch.manual_seed(0)
-        self.batch, self.steps, self.tuned = SIZES[side][0], steps, tuned
-        net = torchvision.models.resnet18()
-        self.model = Lightly(nn.Sequential(*list(net.children())[:-1]))
+        (self.batch, stem), self.steps, self.tuned = SIZES[side], steps, tuned
+        self.model = Lightly(Encoder("resnet18", stem))
         if tuned:
             self.model.to(memory_format=torch.channels_last)
         self.criterion = NegativeCosineSimilarity()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.06)
-        self.loader = DataLoader(
-            Pictures(pictures(images, side), transform(side)), batch_size=self.batch,
-            shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0,
-        )  # fmt: skip
-        self.batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
+        loader = DataLoader(Pictures(images, side), self.batch, shuffle=True, drop_last=True,
+                            num_workers=workers, persistent_workers=workers > 0)  # fmt: skip
+        self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def __call__(self) -> int:
         m = self.model
@@ -110,72 +97,43 @@ class Peer:
         return self.steps * self.batch
 
 
+class Apart:
+    """A side in a process of its own, as a user runs it; `make(*arguments)` builds it there."""
+
+    def __init__(self, make: Callable, *arguments) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, make, arguments)).start()
+
+    def __call__(self) -> int:
+        self.pipe.send(True)
+        return self.pipe.recv()
+
+
+def _serve(pipe, make: Callable, arguments: tuple) -> None:
+    side = make(*arguments)
+    while pipe.recv():
+        pipe.send(side())
+
+
 def training(options):
-    """Ours against lightly as it stands (best number of workers), and against the tuned one."""
+    """Ours against lightly as it stands and against the tuned one, with its best workers."""
     for side in SIZES:
-        steps = 1 if options.tiny else 320 // side
-        images = 256 if options.tiny else 1024
+        steps, images = (1, 256) if options.tiny else (320 // side, 1024)
         with tempfile.TemporaryDirectory() as folder:
-            sides = {"ours": timing.Apart(Training, side, images, f"{folder}/run", steps)}
+            sides = {"ours": Apart(Training, side, images, f"{folder}/run", steps)}
             for workers in (0,) if options.tiny else (0, 1, 2):
                 for kind, tuned in (("lightly", False), ("lightly bf16", True)):
-                    peer = timing.Apart(Peer, side, images, steps, workers, tuned)
+                    peer = Apart(Peer, side, images, steps, workers, tuned)
                     sides[f"{kind}, {workers} workers"] = peer
-            rates = timing.alternate(sides, options.rounds)
+            rates = alternate(sides, options.rounds)
             for process in sides.values():
-                process.close()
+                process.pipe.send(False)
         for kind in ("lightly, ", "lightly bf16, "):
-            best = max(
-                (n for n in rates if n.startswith(kind)), key=lambda n: statistics.median(rates[n])
-            )
-            yield timing.row(f"training / {kind}{side} px", rates, "ours", best)
+            medians = {n: statistics.median(r) for n, r in rates.items() if n.startswith(kind)}
+            best = max(medians, key=medians.get)
+            yield row(f"training / {kind}{side} px", rates, "ours", best)
 
-
-def views(options):
-    """Both views of an image as specified, one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for side in SIZES:
-        count = 64 if options.tiny else 512
-        images, view = pictures(count, side), transform(side)
-        pixels = torch.from_numpy(photographs(count, side))
-        mean, std = torch.tensor(MEAN), torch.tensor(STD)
-        rng = generator(0, 2, 0)
-
-        def ours(side=side, pixels=pixels, rng=rng, mean=mean, std=std) -> int:
-            for block in pixels.split(SIZES[side][0]):
-                for config in (ViewConfig(), View2Config()):
-                    drawn = draw(config, len(block), side, side, rng)
-                    normalise(apply(block, config, drawn, side), mean, std)
-            return len(pixels)
-
-        def theirs(images=images, view=view) -> int:
-            for image in images:
-                view(image)
-            return len(images)
-
-        rates = timing.alternate({"ours": ours, "lightly": theirs}, options.rounds)
-        yield timing.row(f"views / lightly, {side} px, one thread", rates, "ours", "lightly")
-    torch.set_num_threads(threads)
-
-
-def memory(options):
-    """Peak memory of a training run at 96 px, all processes; lightly's example has 8 workers."""
-    tiny = ["--tiny"] * options.tiny
-    python = [sys.executable, "-m"]
-    ours = timing.peak_memory([*python, "benchmarks.throughput", "--peak", *tiny])
-    for workers in (8, 0):
-        words = [*python, "benchmarks.peers", "--peak", str(workers), *tiny]
-        theirs = timing.peak_memory(words)
-        yield {"what": f"peak memory / lightly's with {workers} workers, MiB", "ours": ours,
-               "lightly": theirs, "ratio": ours / theirs}  # fmt: skip
-
-
-ROWS = {"training": training, "views": views, "memory": memory}
 
 if __name__ == "__main__":
-    if "--peak" in sys.argv:
-        workers = int(sys.argv[sys.argv.index("--peak") + 1])
-        Peer(96, 1024, 10, workers, tuned=False)()
-    else:
-        timing.main(__doc__, ROWS)
+    main(__doc__, {"training": training})

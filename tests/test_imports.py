@@ -19,7 +19,6 @@ ALLOWED = {
     "eval": {"core", "data", "training"},
     "variants": {"core", "data.views", "byol", "training", "train_byol"},
     "benchmarks": FLOORS | SCRIPTS,
-    "variants/compare.py": FLOORS | SCRIPTS,  # a script that happens to lie there
     "reproduce.py": FLOORS | SCRIPTS,
 }
 ALLOWED |= {

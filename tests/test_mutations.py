@@ -242,8 +242,6 @@ MUTATIONS = {
     "another library's moving average": (
         "training/foreign.py", "if not AVERAGES & _words(p)]", "if AVERAGES & _words(p)]",
         f"{WEIGHTS} -k other_libraries"),
-    "the wrong tap on a map of one pixel": (
-        "training/encoder.py", "[:, :, 1:2, 1:2]", "[:, :, 0:1, 0:1]", f"{NETWORKS} -k one_pixel"),
     # what users bring
     "floats for 16 bits": (
         "data/decode.py", 'image.mode == "F" or (image.mode == "I" and not known)', "False",

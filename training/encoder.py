@@ -24,19 +24,6 @@ STEMS = {
 }
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution; on a map of 1x1 pixels its outer taps meet zeros only and are left out.
-
-    The last stage of 32-pixel images behind the ImageNet stem is such a map, with three quarters
-    of all weights: a fifth of the training time there.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2:] == (1, 1):
-            return nn.functional.conv2d(x, self.weight[:, :, 1:2, 1:2])
-        return super().forward(x)
-
-
 class Encoder(resnet.ResNet):
     """torchvision's ResNet (v1) without its last layer: (B, 3, H, W) -> (B, feature_size).
 
@@ -58,10 +45,6 @@ class Encoder(resnet.ResNet):
             self.maxpool = nn.Identity()
         self.feature_size = 8 * self.channels * block.expansion
         self.fc = nn.Identity()
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for layer in stage.modules():
-                if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
-                    layer.__class__ = Conv3x3
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         # torchvision fixes 64, 128, 256, 512 here; scaling them is all that `width` needs.

@@ -5,29 +5,28 @@ import json
 import numpy as np
 import pytest
 
-from byol.byol import BYOL
+import reproduce
+from eval.methods import CONTROLS
 from eval.table import Cells
 from variants import compare
-from variants.simsiam import SimSiam
 
 
-def test_methods_share_budget_and_controls(sample, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "METHODS", (BYOL, SimSiam))
+def test_methods_share_budget_and_controls(sample, recipe, tmp_path):
     flags = ["--recipe", recipe, "--out", str(tmp_path / "m"), "--quiet", "--steps", "4"]
     flags += ["--reproduce.seeds", "2", "--linear.strength", "0.1"]
-    rows = compare.main(flags)["rows"]
+    rows = reproduce.main([*flags, "--methods", "byol", "simsiam"])["rows"]
     assert rows == json.loads((tmp_path / "m/methods.json").read_text())
     for name in ("byol", "simsiam"):
         for seed in (0, 1):
-            folder = tmp_path / "m" / f"{name}-seed{seed}"
+            folder = tmp_path / "m" / f"{name}-random-seed{seed}"
             assert json.loads((folder / "result.json").read_text())["steps"] == 4
             config = json.loads((folder / "config.json").read_text())["config"]
             assert config["run"]["seed"] == seed and config["optim"]["batch_size"] == 64
     cells = Cells(tmp_path / "m/cells.jsonl", False)
     assert len(rows) == 2 * 2 * 2 + 2 * 2
     for row in rows:
-        own = row["name"] if row["name"] in compare.CONTROLS else f"{row['name']}-{row['kind']}"
-        init = "none" if row["name"] in compare.CONTROLS else "random"
+        own = row["name"] if row["name"] in CONTROLS else f"{row['name']}-{row['kind']}"
+        init = "none" if row["name"] in CONTROLS else "random"
         values = cells.matrix(own, init, row["labels"])[0]
         assert values.shape == (row["seeds"], 2)
         assert row["top1"] == pytest.approx(values.mean())
@@ -42,6 +41,21 @@ def test_a_mistake_in_any_methods_table_shows_before_the_first(recipe, tmp_path,
     path = tmp_path / "bad.toml"
     path.write_text(open(recipe).read().replace("[dino]", "[dino]\nwidth = 3"))
     with pytest.raises(SystemExit) as stop:
-        compare.main(["--recipe", str(path), "--out", str(tmp_path / "m")])
+        words = ["--methods", "byol", "dino", "--recipe", str(path), "--out", str(tmp_path / "m")]
+        reproduce.main(words)
     assert stop.value.code == 2 and "[dino] has no key width" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+def test_a_method_without_a_file_is_one_line(recipe, capsys):
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["--methods", "byol", "rotnet", "--recipe", recipe])
+    assert stop.value.code == 2 and "no file variants/rotnet.py" in capsys.readouterr().err
+
+
+def test_the_command_of_old_says_what_to_type(capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["--recipe", "recipes/a b.toml", "--steps", "9"])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "reproduce.py --methods byol simsiam" in text
+    assert "--recipe 'recipes/a b.toml' --steps 9" in text
