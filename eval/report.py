@@ -10,17 +10,17 @@ Written into the first folder, anew each time, unless --out names another file.
 import argparse
 import base64
 import functools
-import html
 import io
-import itertools
 import json
-import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import Environment
+from markdown import Markdown
+from markupsafe import Markup
 from PIL import Image
 from torch.nn.functional import normalize
 
@@ -37,22 +37,7 @@ from training.run_folder import read_metrics
 from training.weights import read_weights
 
 QUERIES, NEIGHBOURS, MISTAKES, MAPPED, TILE = 8, 6, 24, 1000, 144
-STYLE = """
-:root{color-scheme:light dark;--back:#fff;--text:#1b1f24;--soft:#57606a;--line:#d8dce2;
---good:#1a7f37;--bad:#c62f2f}
-@media(prefers-color-scheme:dark){:root{--back:#111417;--text:#e6e8eb;--soft:#9aa3ad;--line:#31363d;
---good:#4cc26a;--bad:#ff7b72}}
-body{background:var(--back);color:var(--text);font:16px/1.5 system-ui,sans-serif;margin:0 auto;
-max-width:1080px;padding:1rem;overflow-wrap:anywhere}
-h2{margin-top:2.5rem}figcaption,li{color:var(--soft);font-size:.875rem}img{max-width:100%}
-.wide{overflow-x:auto;display:block}.wide img{min-width:640px}pre{overflow-x:auto;font-size:.75rem}
-table{border-collapse:collapse;font-size:.875rem;overflow-wrap:normal}code{font-size:.8rem}
-th,td{border-bottom:1px solid var(--line);padding:.35rem .7rem;text-align:left;vertical-align:top}
-.tiles{display:flex;flex-wrap:wrap;gap:.5rem;margin:.25rem 0 1rem}
-.tiles figure{margin:0;width:78px;font-size:.72rem;line-height:1.25}
-.tiles img{width:72px;height:72px;border:3px solid var(--soft);image-rendering:pixelated}
-.right img{border-color:var(--good)}.wrong img{border-color:var(--bad)}
-"""
+MARKS = {"query": "", "right": "✓ ", "wrong": "✗ "}  # color alone does not tell everyone
 
 
 @dataclass
@@ -137,34 +122,32 @@ class Features:
         self.text = f"{run}: linear classifier on frozen features, {len(split.train):,} labels, "
         self.text += f"draw {draw}: {top1:.2f} % of {len(self.test):,} {evaluate_on} images."
 
-    def confusion(self) -> str:
-        """Who is taken for whom."""
+    def confusion(self) -> dict:
+        """The confusion matrix."""
         text = f"{self.text} Percent of each true class; below 0.5 left empty."
         return picture(confusion_figure, text, self.truth, self.guess, self.names)
 
-    def neighbours(self) -> str:
-        """Test images and the labelled train images nearest to them."""
+    def neighbours(self) -> list[list[dict]]:
+        """Test images, each followed by the labelled train images nearest to it."""
         count = min(QUERIES, len(self.test))
         chosen = np.random.default_rng(0).choice(len(self.test), count, replace=False)
         near = normalize(self.features[chosen], dim=1) @ normalize(self.known, dim=1).T
         nearest = near.topk(min(NEIGHBOURS, len(self.known)), dim=1).indices.numpy()
-        found = ["<p>Left a random image that was measured on, then the labelled train images "
-                 "nearest to it by cosine: ✓ of its class, ✗ of another.</p>"]  # fmt: skip
-        for query, rows in zip(chosen, nearest, strict=True):
-            own = self.truth[query]
-            tiles = [tile(self.test.images, query, self.names[own], "query")]
-            for row in rows:
-                label = self.train.labels[row]
-                kind = "right" if label == own else "wrong"
-                tiles.append(tile(self.train.images, row, self.names[label], kind))
-            found.append(f"<div class='tiles'>{''.join(tiles)}</div>")
-        return "".join(found)
+        rows = []
+        for query, index in zip(chosen, nearest, strict=True):
+            label, labels = self.truth[query], self.train.labels
+            tiles = [tile(self.test.images, query, self.names[label], "query")]
+            for i in index:
+                kind = "right" if labels[i] == label else "wrong"
+                tiles.append(tile(self.train.images, i, self.names[labels[i]], kind))
+            rows.append(tiles)
+        return rows
 
-    def map(self) -> str:
-        """Features of test images in two dimensions."""
+    def map(self) -> dict | None:
+        """Features of test images in two dimensions; None for too few images."""
         rows = np.linspace(0, len(self.test) - 1, min(MAPPED, len(self.test))).astype(int)
         if len(rows) < 5:
-            return "<p>Too few images.</p>"
+            return None
         x = normalize(self.features[rows], dim=1)
         try:
             from sklearn.manifold import TSNE  # an optional extra
@@ -174,10 +157,10 @@ class Features:
         except ImportError:
             how, x = "PCA", x - x.mean(0)
             points = (x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T).numpy()
-        text = f"{how} of the normalised features of {len(rows):,} images, a colour a class."
+        text = f"{how} of the normalized features of {len(rows):,} images, a color a class."
         return picture(map_figure, text, points, self.truth[rows], self.names)
 
-    def mistakes(self) -> str:
+    def mistakes(self) -> list[dict]:
         """The wrong predictions with the highest probability."""
         wrong = np.flatnonzero(self.guess != self.truth)
         order = np.argsort(-self.probability.max(1).values.numpy()[wrong], kind="stable")
@@ -186,34 +169,25 @@ class Features:
             guess, truth = self.names[self.guess[row]], self.names[self.truth[row]]
             text = f"{guess} {100 * self.probability[row].max():.0f} %, is {truth}"
             tiles.append(tile(self.test.images, row, text, "wrong"))
-        head = "<p>Predicted, how surely, and what it is.</p>"
-        return f"{head}<div class='tiles'>{''.join(tiles)}</div>"
+        return tiles
 
 
-MARKS = {"query": "", "right": "✓ ", "wrong": "✗ "}  # colour alone does not tell everyone
-
-
-def tile(images, row: int, text: str, kind: str) -> str:
+def tile(images, row: int, text: str, kind: str) -> dict:
     """One image, at most TILE pixels wide, with a line below it."""
     pixels = images.gather(np.array([row]))[0].permute(1, 2, 0).contiguous().numpy()
-    image, text = Image.fromarray(pixels), html.escape(MARKS[kind] + text)
+    image = Image.fromarray(pixels)
     image.thumbnail((TILE, TILE))
-    return f"<figure class='{kind}'><img src='{_uri(image.save)}' alt='{text}'>{text}</figure>"
+    return {"kind": kind, "image": _uri(image.save), "text": MARKS[kind] + text}
 
 
-def picture(draw, text: str, *arguments) -> str:
+def picture(draw, text: str, *arguments) -> dict:
     """A matplotlib figure, drawn once for each theme, with a line below it."""
-    found = []
-    for dark in (False, True):
+    themes = {"text": text}
+    for name, dark in (("light", False), ("dark", True)):
         with own_style(dark):
             figure = draw.__wrapped__(*arguments)  # `draw` itself sets the light style
-            found.append(_uri(functools.partial(figure.savefig, dpi=110, transparent=True)))
-    text = html.escape(text)
-    return (
-        f"<figure style='margin:0'><picture class=wide><source srcset='{found[1]}' "
-        f"media='(prefers-color-scheme: dark)'><img src='{found[0]}' alt='{text}'></picture>"
-        f"<figcaption>{text}</figcaption></figure>"
-    )
+            themes[name] = _uri(functools.partial(figure.savefig, dpi=110, transparent=True))
+    return themes
 
 
 def _uri(save) -> str:
@@ -223,69 +197,53 @@ def _uri(save) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def to_html(text: str) -> str:
-    """The Markdown that eval/table.py writes: headings, tables, lists, paragraphs, code."""
-    text = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(text))
-    found = []
-    for mark, group in itertools.groupby(text.splitlines(), key=lambda line: line[:1]):
-        lines = list(group)
-        if mark == "|":
-            rows = [line.strip("|").split("|") for line in lines if not line.startswith("|---")]
-            cells = ["".join(f"<td>{cell.strip()}</td>" for cell in row) for row in rows]
-            body = "".join(f"<tr>{row}</tr>" for row in cells)
-            found.append(f"<div class=wide><table>{body.replace('td>', 'th>', 2 * len(rows[0]))}")
-            found.append("</table></div>")
-        elif mark == "-":
-            found.append(f"<ul>{''.join(f'<li>{line[2:]}</li>' for line in lines)}</ul>")
-        elif mark == "#":
-            found += [f"<h3>{line.lstrip('# ')}</h3>" for line in lines]
-        else:
-            found += [f"<p>{line}</p>" for line in lines if line]
-    return "".join(found)
+def to_html(text: str) -> Markup:
+    """The Markdown of results.md; all that could be more than tables and code is shown as text."""
+    converter = Markdown(extensions=["tables"])
+    converter.preprocessors.deregister("html_block")
+    converter.preprocessors.deregister("reference", strict=False)
+    for name in [pattern.name for pattern in converter.inlinePatterns._priority]:
+        if name != "backtick":
+            converter.inlinePatterns.deregister(name)
+    return Markup(converter.convert(text))
 
 
-def run_facts(folder: Path) -> str:
-    """What a pretraining run was: its result, and its settings behind a fold."""
+def run_facts(folder: Path) -> dict:
+    """What a pretraining run was: its result, and its settings."""
     result, config = read_json(folder / "result.json"), read_json(folder / "config.json")
-    facts = f"{folder}: {result['name']} on {result['dataset']}, {result['steps']:,} steps, "
-    facts += f"{result['seconds']:,.0f} s, commit {config['commit']}: {_command(folder)}"
-    facts += "".join(f"; warning: {text}" for text in result["warnings"])
+    text = f"{folder}: {result['name']} on {result['dataset']}, {result['steps']:,} steps, "
+    text += f"{result['seconds']:,.0f} s, commit {config['commit']}: {_command(folder)}"
+    text += "".join(f"; warning: {warning}" for warning in result["warnings"])
     settings = {k: v for k, v in config["config"].items() if k != "recipe"}
-    return (
-        f"<p>{html.escape(facts)}</p><details><summary>settings</summary>"
-        f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre></details>"
-    )
+    return {"text": text, "settings": json.dumps(settings, indent=1)}
 
 
 def build(folders: list[Path]) -> str:
     """The whole page."""
-    found, parts = find(folders), []
+    found, parts = find(folders), {}
     if found.rows:
-        parts.append(("Results", "".join(map(to_html, found.tables))))
+        parts["tables"] = found.tables
         text = "Top-1 against labels; bars are standard deviations over label draws."
-        parts.append(("Accuracy against labels", picture(accuracy_figure, text, found.rows)))
+        parts["accuracy"] = picture(accuracy_figure, text, found.rows)
     if found.pretraining:
         metrics = {str(f): read_metrics(f / "metrics.jsonl") for f in found.pretraining}
-        curves = picture(curves_figure, "A colour a run; k-NN on held-out train images.", metrics)
-        parts.append(("Pretraining", "".join(map(run_facts, found.pretraining)) + curves))
+        text = "A color a run; k-NN on held-out train images."
+        parts["curves"] = picture(curves_figure, text, metrics)
+        parts["runs"] = map(run_facts, found.pretraining)
     try:
         if not found.pretraining:
             raise UserError("no run of pretraining was named")
         most = max((r["labels"] for r in found.rows), default=0)
         features = Features(found.pretraining[0], most, **found.measured)
-        parts.append(("Confusion and classes", features.confusion()))
-        parts.append(("Nearest neighbours", features.neighbours()))
-        parts.append(("Map of the features", features.map()))
-        parts.append(("Most confident mistakes", features.mistakes()))
+        for name in ("confusion", "neighbours", "map", "mistakes"):
+            parts[name] = getattr(features, name)()
     except (UserError, OSError, TypeError) as error:  # data that are gone, a config of other code
-        parts.append(("Features", f"<p>Left out: {html.escape(str(error))}</p>"))
-    title = html.escape(", ".join(f.resolve().name for f in folders))
-    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in parts)
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
-        f"content='width=device-width,initial-scale=1'><title>{title}</title>"
-        f"<style>{STYLE}</style><h1>{title}</h1>{body}</html>\n"
-    )
+        parts["missing"] = str(error)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["markdown"] = to_html
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    title = ", ".join(f.resolve().name for f in folders)
+    return environment.from_string(template).render(title=title, **parts).lstrip()
 
 
 def main(argv: list[str] | None = None) -> Path:

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -114,8 +113,7 @@ def test_the_users_settings_change_no_pixel_and_stay(kind):
         before = dict(matplotlib.rcParams)
         assert drawn() == usual
         assert dict(matplotlib.rcParams) == before
-    dark, light = re.findall("base64,([^']+)'", usual[1])
-    assert dark != light
+    assert usual[1]["dark"] != usual[1]["light"]
 
 
 PROGRAM = """

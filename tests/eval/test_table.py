@@ -188,8 +188,8 @@ def test_any_name_is_a_cell_of_its_own():
     assert len(lines) == 2 + len(NASTY) and {line.count("|") for line in lines} == {7}
     page = to_html(text)
     assert page.count("<tr>") == 1 + len(NASTY) and page.count("<td>") == 6 * len(NASTY)
-    assert page.count("<code>") == page.count("</code>") == 1 and page.count("<h3>") == 1
-    names = re.findall("<tr><td>(.*?)</td>", page)
+    assert page.count("<code>") == page.count("</code>") == 1 and page.count("<h1>") == 1
+    names = re.findall("<tr>\n<td>(.*?)</td>", page)
     assert names == [
         r"a\u007cb", r"\u0060", r"c\u0060d", r"line\u000abreak", r"\u000d\u007c x \u007c",
         r"\udcff", "_x", r"\u2028\u007c---\u007c", "&lt;b&gt;", "\\\\u007c", "$",
