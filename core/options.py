@@ -19,19 +19,9 @@ from types import SimpleNamespace
 from core.errors import UserError
 
 PLAIN = ("data", "encoder", "optim", "run")
-# Tables of other scripts in a recipe are not ours to judge, nor are those of other methods.
-KNOWN_TABLES = (
-    *PLAIN,
-    "view1",
-    "view2",
-    "byol",
-    "baseline",
-    "linear",
-    "mlp",
-    "augmented",
-    "finetune",
-    "reproduce",
-)
+# Tables of other scripts and methods in a recipe are ignored; what is no table at all is an error.
+OTHERS = "view1 view2 byol baseline linear mlp augmented finetune reproduce".split()
+KNOWN_TABLES = (*PLAIN, *OTHERS)
 VARIANTS = Path(__file__).parent.parent / "variants"
 
 
