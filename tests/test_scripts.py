@@ -490,6 +490,11 @@ WRONG = {
     "no data": (PRETRAIN, "--dataset stl10 --data-root nowhere", "--download"),
     "missing weights": (PRETRAIN, "--init nowhere.pt", "nowhere.pt"),
     "missing checkpoint": (PRETRAIN, "--resume nowhere.pt", "nowhere.pt"),
+    "no gpus, before the data": (
+        PRETRAIN,
+        "--dataset folder --data-root nowhere --device cuda",
+        "--device cuda",
+    ),
     "more gpus than there are": (PRETRAIN, "--device cuda --gpus 99", "cuda"),
     "more labels than there are": (LABELLED, "--labels 500", "--labels 500"),
     "labels that are no multiple": (LABELLED, "--labels 15", "multiple of 10"),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from core.device import pick_device
 from core.errors import STOPPED, Stopped, UserError, launched, one_line_errors, tell
 from training import distributed
 from training.distributed import Processes
@@ -59,7 +60,8 @@ def execute(
 
 
 def check_run(config) -> None:
-    """UserError where --out or --resume can't be what was meant."""
+    """UserError where --device, --out or --resume can't be what was meant."""
+    pick_device(config.run.device)
     out, resume = Path(config.run.out), config.run.resume
     check_free(out, bool(resume), config.run.overwrite)
     check_place(out, Path(config.data.data_root), config.run.overwrite)
