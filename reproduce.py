@@ -46,6 +46,7 @@ from eval.trained import load
 from training import distributed
 from training.command import execute
 from training.encoder import EncoderConfig, fetch, initialise
+from training.method import Method
 from training.optimizers import OptimConfig
 from training.run_folder import git_commit, read_metrics, say
 
@@ -70,14 +71,21 @@ class ReproduceConfig:
     inits: list[str] = option(["random"], "starting points", choices=("random", "imagenet"))
 
 
-def method_of(name: str):
-    """The class of variants/NAME.py, or BYOL; UserError where there is none."""
+def method_of(name: str) -> type[Method]:
+    """The class in variants/NAME.py, or BYOL; NAME:CLASS where the file has several."""
+    file, _, wanted = name.partition(":")
     if name == "byol":
         return train_byol.BYOL
-    if not (Path(__file__).parent / "variants" / f"{name}.py").exists():
-        raise UserError(f"--methods {name}: no file variants/{name}.py; byol, simsiam, dino, ...?")
-    module = importlib.import_module(f"variants.{name}")
-    return next(c for c in vars(module).values() if getattr(c, "name", None) == name)
+    if not (file.isidentifier() and (Path(__file__).parent / "variants" / f"{file}.py").exists()):
+        raise UserError(f"--methods {name}: no file variants/{file}.py; byol, simsiam, dino, ...?")
+    module = importlib.import_module(f"variants.{file}")
+    local = [c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__]
+    classes = {c.__name__: c for c in local if isinstance(c, type) and issubclass(c, Method)}
+    chosen = [c for title, c in classes.items() if wanted in ("", title)]
+    if len(chosen) != 1:
+        names = ", ".join(f"{file}:{title}" for title in classes) or "no method"
+        raise UserError(f"--methods {name}: that file has {names}; name one")
+    return chosen[0]
 
 
 def configure(argv: list[str]):
@@ -94,11 +102,15 @@ def configure(argv: list[str]):
     config = read_config(argv, sections, description=__doc__, extra=(METHODS,), hide=HIDE)
     if not config.recipe:
         raise UserError("--recipe is missing: name one of recipes/*.toml")
+    if config.run.stop_after:
+        raise UserError(f"[run] stop_after = {config.run.stop_after}: a table needs whole runs")
     several = len(config.methods) > 1
     config.run.out = config.run.out or f"runs/{'methods' if several else Path(config.recipe).stem}"
     recipe = ["--recipe", config.recipe]
     words = [*recipe, *spell({k: v for k, v in config.flags.items() if k.startswith("optim.")})]
     config.methods = [method_of(name) for name in config.methods]
+    if len({method.name for method in config.methods}) < len(config.methods):
+        raise UserError("--methods: two of them have the same `name`, or one stands there twice")
     settings = [train_byol.configure(words, method) for method in config.methods]
     config.batch_size = max(s.optim.batch_size for s in settings)
     if not several:
@@ -154,6 +166,7 @@ class Table:
         images, _ = self.data.pretraining(config.data.pretrain_on)
         if (batch := config.batch_size) > len(images):
             raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
+        EvalTransform.of(config.data, images.shape, *images.statistics())  # refuses wrong sizes
         if processes.main:
             self.out.mkdir(parents=True, exist_ok=True)
             same_settings(self.out / "settings.json", config)
@@ -300,9 +313,8 @@ def prepare(config) -> None:
         fetch(dataclasses.replace(config.encoder, init=init))
 
 
-def pretrain(table: Table, method, init: str, seed: int) -> Path:
-    """Pretrain, unless that is done; returns the run folder."""
-    folder = f"{method.name}-{init}-seed{seed}"
+def pretrain(table: Table, method, init: str, seed: int, folder: str) -> Path:
+    """Pretrain, unless that is done; returns the run folder, which lies in the table's."""
     optim = spell({k: v for k, v in table.config.flags.items() if k.startswith("optim.")})
     words = [*table.command(folder), *optim, "--init", init, "--seed", str(seed)]
     train_byol.run(train_byol.configure(words, method), table.processes, method)
@@ -320,7 +332,7 @@ def run(config, processes) -> dict:
     for init in r.inits:
         trained_rows(table, "baseline", init, 0, train_baseline, ["--init", init])
         for seed in range(r.seeds):
-            folders.append(pretrain(table, method, init, seed))
+            folders.append(pretrain(table, method, init, seed, f"{m}-{init}-seed{seed}"))
             rows = {f"{m}-knn": "knn", f"{m}-linear": "linear", f"{m}-mlp": "mlp"}
             frozen_rows(table, rows, init, seed, frozen(table, partial(load, folders[-1])))
             flags = ["--ckpt", str(folders[-1])]
@@ -340,7 +352,7 @@ def compare(table: Table, methods: list[type]) -> dict:
     for method in methods:
         rates = []
         for seed in range(table.config.reproduce.seeds):
-            folder = pretrain(table, method, "random", seed)
+            folder = pretrain(table, method, "random", seed, f"{method.name}-seed{seed}")
             rows = {f"{method.name}-linear": "linear", f"{method.name}-knn": "knn"}
             frozen_rows(table, rows, "random", seed, frozen(table, partial(load, folder)))
             rates += [

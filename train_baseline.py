@@ -19,9 +19,10 @@ from eval.classifiers import accuracy
 from eval.features import extract
 from eval.protocols import record
 from eval.supervised import EXTRA, Job, train_all
+from train_byol import prepare
 from training.command import execute
 from training.distributed import Processes
-from training.encoder import EncoderConfig, fetch, initialise
+from training.encoder import EncoderConfig, initialise
 from training.optimizers import OptimConfig
 from training.run_folder import finished, say
 from training.session import Session
@@ -96,9 +97,7 @@ def train(config, job: Job, split: Split, watch: Watch, trials: list = ()) -> di
         features = extract(method.encoder, split.test.images, transform, processes)
         top1 = accuracy(method.head.cpu()(features), split.test.labels)
         result = result_of(config, job, split, session, top1, trials)
-        classifier = {"encoder": method.encoder.state_dict(), "head": method.head.state_dict()}
-        classifier |= {"meta": session.meta, "classes": classes}
-        session.finish(result, classifier=classifier)
+        session.finish(result, lambda: classifier_of(session, classes))
     say(
         processes,
         f"{out}: top-1 {top1:.2f} % on {len(split.test):,} {config.data.evaluate_on} images with "
@@ -106,6 +105,12 @@ def train(config, job: Job, split: Split, watch: Watch, trials: list = ()) -> di
         f"next: tensorboard --logdir {shlex.quote(str(out))}",
     )
     return result
+
+
+def classifier_of(session: Session, classes: list[str]) -> dict:
+    """What classifier.pt holds."""
+    network = {name: getattr(session.method, name).state_dict() for name in ("encoder", "head")}
+    return network | {"meta": session.meta, "classes": classes}
 
 
 def result_of(config, job: Job, split: Split, session: Session, top1: float, trials: list) -> dict:
@@ -116,12 +121,6 @@ def result_of(config, job: Job, split: Split, session: Session, top1: float, tri
     more |= {"trials": trials} if trials else {}
     protocol = "network-sweep" if trials else "network"
     return record(protocol, session.method.name, config, split, top1, **more)
-
-
-def prepare(config) -> None:
-    """Fetch the data set, and the published weights that --init names."""
-    datasets.prepare(config.data)
-    fetch(config.encoder)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -85,8 +85,8 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     views = method.views or (config.view1, config.view2)
     loader = Loader.of(config, images, labels, views, transform, processes)
     with (
-        Watch(processes, config.run.check_every) as watch,
-        Session(config, method, loader, transform, processes, watch) as session,
+        Session(config, method, loader, transform, processes) as session,
+        Watch(processes, config.run.check_every) as session.watch,
     ):
         height, width = images.shape
         say(

@@ -103,11 +103,17 @@ class Apart:
     def __init__(self, make: Callable, *arguments) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, make, arguments)).start()
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments))
+        self.process.start()
 
     def __call__(self) -> int:
         self.pipe.send(True)
         return self.pipe.recv()
+
+    def close(self) -> None:
+        """End its process."""
+        self.pipe.send(False)
+        self.process.join()
 
 
 def _serve(pipe, make: Callable, arguments: tuple) -> None:
@@ -127,8 +133,8 @@ def training(options):
                     peer = Apart(Peer, side, images, steps, workers, tuned)
                     sides[f"{kind}, {workers} workers"] = peer
             rates = alternate(sides, options.rounds)
-            for process in sides.values():
-                process.pipe.send(False)
+            for side_of_row in sides.values():
+                side_of_row.close()
         for kind in ("lightly, ", "lightly bf16, "):
             medians = {n: statistics.median(r) for n, r in rates.items() if n.startswith(kind)}
             best = max(medians, key=medians.get)

@@ -178,7 +178,11 @@ def main(description: str, rows: dict[str, Callable]) -> None:
         for entry in rows[name](options):
             what = entry.pop("what")
             found[what] = entry
-            print(f"{what}: " + ", ".join(f"{k} {v:.3g}" for k, v in entry.items()), flush=True)
+            print(
+                f"{what}: "
+                + ", ".join(f"{k} {v:,.{0 if v >= 100 else 2}f}" for k, v in entry.items()),
+                flush=True,
+            )
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
 

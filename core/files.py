@@ -67,6 +67,8 @@ def new_file(path: str | Path, flag: str = "--out") -> Path:
         raise UserError(f"{flag} {path}: exists; name another file")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{flag} {path}: no folder {path.absolute().parent}; make it first")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: its folder can't be written to; choose another")
     return path
 
 

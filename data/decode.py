@@ -40,29 +40,30 @@ def decode(path: Path, size: int) -> Decoded:
         held = max(image.width * image.height, whole // 2 if _several_scans(image) else 0)
         if held > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{whole:,} pixels: too many to decode, save it smaller")
-        deep = _sixteen_bits(image)
-        image.load()
-        peak = None
-        if image.mode.startswith("I"):
-            peak = np.asarray(image).clip(0, 65535).max() / 65535
-        elif deep:  # Pillow keeps the upper 8 bits
-            peak = np.asarray(image.convert("RGB")).max() / 255
-        return Decoded(square(image, size), peak)
+        return square(image, size)
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """(3, size, size) uint8: upright, RGB on white, short side `size`, centre square."""
+def square(image: Image.Image, size: int) -> Decoded:
+    """Upright, RGB on white, short side `size`, centre square; `image` may not be decoded yet.
+
+    ValueError where the range of its pixels is unknown.
+    """
+    deep, peak = _sixteen_bits(image), None
+    image.load()
     if (turn := _orientation(image)) > 1:
         image = image.transpose(UPRIGHT[turn])
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits at 255
         values = np.asarray(image).clip(0, 65535)
+        peak = values.max() / 65535
         values[values == image.info.get("transparency", -1)] = 65535
         image = Image.fromarray((values // 257).astype(np.uint8))
+    elif deep:  # Pillow keeps the upper 8 bits
+        peak = np.asarray(image.convert("RGB")).max() / 255
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return Decoded(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), peak)
 
 
 def decode_all(paths: list[Path], size: int) -> Iterator[Decoded | str]:
@@ -104,7 +105,7 @@ def _sixteen_bits(image: Image.Image) -> bool:
 
     ValueError where it has 32 bits or signs, and for 16-bit files that Pillow decodes wrongly.
     """
-    stored, tags = str(image.tile), image.tag_v2 if image.format == "TIFF" else {}
+    stored, tags = str(getattr(image, "tile", "")), image.tag_v2 if image.format == "TIFF" else {}
     bits, sample_format, white_is_zero = tags.get(258, ()), tags.get(339, ()), tags.get(262) == 0
     # older releases of Pillow open 16-bit files of these two formats as 32-bit integers
     known = ";16" in stored or (image.format in ("PNG", "PPM") and image.mode == "I")

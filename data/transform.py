@@ -81,7 +81,9 @@ class EvalTransform:
         if not isinstance(images, Tensor):
             from data.decode import square  # Pillow is slow to import
 
-            images = torch.from_numpy(square(images, self.stored))
+            images = torch.from_numpy(square(images, self.stored).pixels)
+        if images.dtype != torch.uint8:
+            raise TypeError(f"expected an image or uint8 pixels, not {images.dtype}")
         images = images if images.ndim == 4 else images[None]
         mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
         x = (frame(images, self.size, self.crop) - mean.view(3, 1, 1)) / std.view(3, 1, 1)

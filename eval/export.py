@@ -18,7 +18,7 @@ from torch import nn
 from core.errors import RunError, UserError
 from core.files import new_file
 from data.transform import EvalTransform
-from eval.trained import command, load, parser
+from eval.trained import command, from_weights, parser
 from training.weights import read_weights
 
 TOLERANCE = 1e-4  # of the largest feature
@@ -73,11 +73,12 @@ FORMATS = {"safetensors": to_safetensors, "onnx": to_onnx}
 def run(given) -> dict:
     """Write and check; returns the largest difference, as a part of the largest feature."""
     out = new_file(given.out or f"encoder.{given.format}")
-    encoder, transform = load(given.ckpt)
+    weights = read_weights(given.ckpt)
+    encoder, transform = from_weights(weights, f"--ckpt {given.ckpt}", "cpu")
     network, size = Normalized(encoder, transform).eval(), transform.crop or transform.stored
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     expected = network(images).clone()
-    meta = read_weights(given.ckpt).meta | {"mean": transform.mean, "std": transform.std}
+    meta = weights.meta | {"mean": transform.mean, "std": transform.std}
     part = out.with_name(f"{out.name}.partial")  # `out` is there only when it was compared
     try:
         found = FORMATS[given.format](part, network, meta, images)

@@ -56,10 +56,11 @@ def load(ckpt: str | Path, device: str = "cpu") -> tuple[nn.Module, EvalTransfor
     `image` is a PIL image, or uint8 (3, H, W) or (B, 3, H, W) as its data set stores them.
     Weights that say nothing of themselves are taken for torchvision's of ImageNet.
     """
-    return _load(read_weights(ckpt), f"--ckpt {ckpt}", device)
+    return from_weights(read_weights(ckpt), f"--ckpt {ckpt}", device)
 
 
-def _load(weights: Weights, source: str, device: str) -> tuple[nn.Module, EvalTransform]:
+def from_weights(weights: Weights, source: str, device: str) -> tuple[nn.Module, EvalTransform]:
+    """`load`, of a file that is read already; `source` names it in errors."""
     config = EncoderConfig(**tables_of(weights)[0]["encoder"])
     if config.arch not in ENCODERS:
         raise UserError(f"{source}: made with --arch {config.arch}, which this code does not have")
@@ -73,11 +74,8 @@ def _load(weights: Weights, source: str, device: str) -> tuple[nn.Module, EvalTr
 
 def load_frozen(ckpt: str | Path, device: str) -> FrozenEncoder:
     """`load`, for sets of images."""
-    return _alone(*load(ckpt, device), device)
-
-
-def _alone(encoder: nn.Module, transform: EvalTransform, device: str) -> FrozenEncoder:
-    return FrozenEncoder(encoder, transform, Processes(0, 1, torch.device(pick_device(device))))
+    processes = Processes(0, 1, torch.device(pick_device(device)))
+    return FrozenEncoder(*load(ckpt, device), processes)
 
 
 def prepare(config) -> None:

@@ -49,7 +49,7 @@ def execute(
             if stop.asked:
                 distributed.finish()
                 raise SystemExit(STOPPED) from None
-            result = {}
+            result = {"stopped": False}
         except Exception as error:
             if processes.world_size > 1:
                 tell(error, processes.rank, debug)

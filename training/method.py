@@ -41,12 +41,12 @@ class Method(nn.Module):
 
         Runs inside DDP and autocast, once for all views; each view passes by itself, so that batch
         statistics are per view.  Here: encoder, `projector`, then `predictor`, the last two where
-        the method has them, as representation, projection and prediction.
+        the method has them (not None), as representation, projection and prediction.
         """
         outputs = {"representation": [self.encoder(view) for view in views]}
         before = "representation"
         for name, head in (("projection", "projector"), ("prediction", "predictor")):
-            if hasattr(self, head):
+            if getattr(self, head, None) is not None:
                 outputs[name] = [getattr(self, head)(x) for x in outputs[before]]
                 before = name
         return {name: torch.stack(values) for name, values in outputs.items()}

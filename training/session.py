@@ -1,7 +1,7 @@
 """One training run: optimizer, precision, checkpoints and run folder around a method."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from core.errors import RunError, Stopped
@@ -23,10 +23,12 @@ class Session:
     method     a Method on the CPU; `model` is it on its device, in DDP where there are several
     loader     a Loader over its training images
     transform  how evaluation makes the encoder's inputs; goes into encoder.pt
-    watch      whose signals stop the run
+    watch      whose signals stop the run; may be set later, before `steps`
     """
 
-    def __init__(self, config, method, loader, transform, processes, watch: Watch) -> None:
+    def __init__(
+        self, config, method, loader, transform, processes, watch: Watch | None = None
+    ) -> None:
         o, run = config.optim, config.run
         self.config, self.method, self.loader, self.processes = config, method, loader, processes
         self.transform, self.watch = transform, watch
@@ -160,13 +162,13 @@ class Session:
         if watch.stop:  # a launcher ends all when the first has left
             distributed.barrier()
 
-    def finish(self, result: dict, **files: dict) -> None:
-        """Write encoder.pt, result.json and further files, NAME.pt each, for all ranks."""
+    def finish(self, result: dict, classifier: Callable[[], dict] | None = None) -> None:
+        """Write encoder.pt, result.json and what `classifier` gives, for all ranks."""
         if self.processes.main:
             out = self.folder.out
             save_encoder(out / "encoder.pt", self.method.encoder, self.meta)
-            for name, content in files.items():
-                save_file(out / f"{name}.pt", content)
+            if classifier:
+                save_file(out / "classifier.pt", classifier())
             write_json(out / "result.json", result)
         distributed.barrier()
 

@@ -37,7 +37,7 @@ class Weights:
 
     def normalization(self, images) -> tuple[list[float], list[float]]:
         """Mean and std of the inputs it was trained on; those of `images` where none are known."""
-        if "mean" in self.meta:
+        if {"mean", "std"} <= self.meta.keys():
             return self.meta["mean"], self.meta["std"]
         return images.statistics()
 

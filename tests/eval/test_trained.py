@@ -222,3 +222,27 @@ def test_pictures_of_any_kind_are_brought_to_the_encoders_size(trained_run, tmp_
     expected = transform(torch.from_numpy(decode(tmp_path / "x.png", 28).pixels))
     assert found.shape == (1, 3, 28, 28) and torch.equal(found, expected)
     assert found[0, 0, 27, 14] < found[0, 0, 0, 14]  # blue below, white above
+
+
+@pytest.mark.parametrize("ending", ["tif", "png", "jpg", "webp"])
+def test_a_picture_is_turned_once(trained_run, tmp_path, ending):
+    """Opened and not yet decoded, as in a notebook; some formats are turned when they are decoded."""
+    image = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3) // 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / f"x.{ending}", exif=exif)
+    _, transform = load(trained_run)
+    with Image.open(tmp_path / f"x.{ending}") as opened:
+        found = transform(opened)
+    pixels = decode(tmp_path / f"x.{ending}", 28).pixels
+    torch.testing.assert_close(found, transform(torch.from_numpy(pixels)), rtol=0, atol=0.1)
+
+
+def test_pixels_of_an_unknown_range_are_refused(trained_run):
+    _, transform = load(trained_run)
+    with pytest.raises(ValueError, match="range is unknown"):
+        transform(Image.fromarray(np.random.rand(30, 30).astype(np.float32)))
+    with pytest.raises(TypeError, match="uint8"):
+        transform(torch.rand(3, 28, 28))
+    black = transform(Image.new("RGB", (30, 30)))  # of no file
+    assert torch.equal(black, transform(torch.zeros(3, 28, 28, dtype=torch.uint8)))

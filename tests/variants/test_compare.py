@@ -1,11 +1,14 @@
 """All methods under one budget."""
 
+import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import reproduce
+from core.errors import UserError
 from eval.methods import CONTROLS
 from eval.table import Cells
 from variants import compare
@@ -18,7 +21,7 @@ def test_methods_share_budget_and_controls(sample, recipe, tmp_path):
     assert rows == json.loads((tmp_path / "m/methods.json").read_text())
     for name in ("byol", "simsiam"):
         for seed in (0, 1):
-            folder = tmp_path / "m" / f"{name}-random-seed{seed}"
+            folder = tmp_path / "m" / f"{name}-seed{seed}"
             assert json.loads((folder / "result.json").read_text())["steps"] == 4
             config = json.loads((folder / "config.json").read_text())["config"]
             assert config["run"]["seed"] == seed and config["optim"]["batch_size"] == 64
@@ -59,3 +62,41 @@ def test_the_command_of_old_says_what_to_type(capsys):
     text = capsys.readouterr().err
     assert stop.value.code == 2 and "reproduce.py --methods byol simsiam" in text
     assert "--recipe 'recipes/a b.toml' --steps 9" in text
+
+
+ABLATIONS = """
+from byol.byol import BYOL
+
+class OneDirection(BYOL):
+    name = "one_direction"
+
+class NoBatchNorm(BYOL):
+    pass
+"""
+
+
+def test_a_file_of_several_methods_needs_a_name(tmp_path, monkeypatch):
+    path = Path(reproduce.__file__).parent / "variants" / "ablations_of_a_test.py"
+    try:
+        path.write_text(ABLATIONS)
+        importlib.invalidate_caches()
+        found = reproduce.method_of("ablations_of_a_test:OneDirection")
+        assert found.__name__ == "OneDirection"
+        with pytest.raises(UserError, match="ablations_of_a_test:NoBatchNorm; name one"):
+            reproduce.method_of("ablations_of_a_test")
+    finally:
+        path.unlink()
+    for name in ("compare", "../finetune", "byol:BYOL"):
+        with pytest.raises(UserError, match="--methods"):
+            reproduce.method_of(name)
+
+
+def test_methods_of_one_name_and_runs_cut_short_are_refused(recipe, tmp_path, capsys):
+    for words, text in ((["--methods", "byol", "byol"], "same `name`"), ([], "stop_after = 3")):
+        if not words:
+            path = tmp_path / "short.toml"
+            path.write_text(open(recipe).read().replace("[run]", "[run]\nstop_after = 3"))
+            recipe = str(path)
+        with pytest.raises(SystemExit) as stop:
+            reproduce.main([*words, "--recipe", recipe, "--out", str(tmp_path / "t")])
+        assert stop.value.code == 2 and text in capsys.readouterr().err
