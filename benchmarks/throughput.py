@@ -178,11 +178,8 @@ def main(description: str, rows: dict[str, Callable]) -> None:
         for entry in rows[name](options):
             what = entry.pop("what")
             found[what] = entry
-            print(
-                f"{what}: "
-                + ", ".join(f"{k} {v:,.{0 if v >= 100 else 2}f}" for k, v in entry.items()),
-                flush=True,
-            )
+            shown = (f"{k} {v:,.{0 if v >= 100 else 2}f}" for k, v in entry.items())
+            print(f"{what}: {', '.join(shown)}", flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
 

@@ -226,7 +226,7 @@ def test_pictures_of_any_kind_are_brought_to_the_encoders_size(trained_run, tmp_
 
 @pytest.mark.parametrize("ending", ["tif", "png", "jpg", "webp"])
 def test_a_picture_is_turned_once(trained_run, tmp_path, ending):
-    """Opened and not yet decoded, as in a notebook; some formats are turned when they are decoded."""
+    """Opened and not yet decoded, as in a notebook; some formats are turned by decoding."""
     image = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3) // 2)
     exif = Image.Exif()
     exif[0x0112] = 6
