@@ -242,6 +242,12 @@ MUTATIONS = {
     "another library's moving average": (
         "training/foreign.py", "if not AVERAGES & _words(p)]", "if AVERAGES & _words(p)]",
         f"{WEIGHTS} -k other_libraries"),
+    "the wrong tap on a map of one pixel": (
+        "training/encoder.py", "[:, :, 1:2, 1:2]", "[:, :, 0:1, 0:1]",
+        "tests/training/test_encoder.py -k one_pixel"),
+    "convolutions of one pixel as torch does them": (
+        "training/encoder.py", "if x.shape[2:] == (1, 1):", "if False:",
+        "tests/training/test_encoder.py -k nobody_wrote"),
     # what users bring
     "floats for 16 bits": (
         "data/decode.py", 'image.mode == "F" or (image.mode == "I" and not known)', "False",

@@ -30,6 +30,42 @@ def test_encoder_computes_what_torchvisions_does():
     assert encoder.feature_size == 512
 
 
+def test_maps_of_one_pixel_skip_taps_that_meet_zeros_only():
+    """Value and every gradient in float64; the skipped taps have a gradient of 0 in both."""
+    theirs, encoder = (n.double() for n in (torchvision.models.resnet18(), Encoder("resnet18")))
+    encoder.load_state_dict({k: v for k, v in theirs.state_dict().items() if k[:3] != "fc."})
+    theirs.fc, x = nn.Identity(), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    seen = []
+    encoder.layer4[1].conv1.register_forward_hook(lambda module, x, y: seen.append(y.shape))
+    for network in (theirs, encoder):
+        network(x).square().sum().backward()
+    assert seen == [(4, 512, 1, 1)]
+    gradients = dict(encoder.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_no_gradient_of_a_small_map_comes_from_memory_that_nobody_wrote():
+    """In bfloat16 on a CPU, after other tensors left their bytes behind."""
+    torch.manual_seed(0)
+    encoder, x = Encoder("resnet18", "small", 1 / 16), torch.randn(64, 3, 8, 8)
+    seen = []
+    encoder.layer4[0].conv1.register_forward_hook(lambda module, x, y: seen.append(x[0].shape))
+    gradients = []
+    for enabled in (False, *[True] * 20):
+        for size in (100, 1000, 10000, 100000):
+            torch.full((size,), float("nan"))
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = encoder(x)
+        y.float().square().sum().backward()
+        gradients.append(encoder.layer4[0].conv1.weight.grad.clone())
+    assert seen[0] == (64, 16, 1, 1)
+    exact, *rounded = gradients
+    assert ((rounded[0] - exact).norm() / exact.norm()).item() < 0.5  # 0.13 was measured
+    assert all(torch.equal(found, rounded[0]) for found in rounded)
+
+
 @pytest.mark.parametrize(
     "stem, side", [("imagenet", 24), ("stl", 48), ("cifar", 96), ("small", 48)]
 )
