@@ -4,9 +4,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# as in a terminal, also where nohup or a shell's & has started the tests
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
     os.environ.pop(_name, None)
 
