@@ -60,7 +60,6 @@ def configure(argv: list[str]):
 def run(config, processes: Processes) -> dict:
     """Fine-tune the encoder of --ckpt; returns what result.json holds."""
     say(processes, f"fine-tuning the encoder of {config.ckpt}")
-
     more = {"pretrain_seed": config.weights.meta.get("seed")}
     return train_all(config, Job(Finetune, partial(from_config, config), processes, more), train)
 

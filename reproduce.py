@@ -35,7 +35,7 @@ from core.files import read_json, write_json
 from core.options import RunConfig, flag_of, option, read_config
 from data import datasets
 from data.labelled import evaluation
-from data.transform import EvalTransform
+from data.transform import eval_sizes
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.frozen import Features, FrozenEncoder, pixels
 from eval.knn import knn_top1
@@ -45,7 +45,7 @@ from eval.table import Cells, markdown
 from eval.trained import load
 from training import distributed
 from training.command import execute
-from training.encoder import EncoderConfig, fetch, initialise
+from training.encoder import EncoderConfig, fetch
 from training.method import Method
 from training.optimizers import OptimConfig
 from training.run_folder import git_commit, read_metrics, say
@@ -166,7 +166,7 @@ class Table:
         images, _ = self.data.pretraining(config.data.pretrain_on)
         if (batch := config.batch_size) > len(images):
             raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
-        EvalTransform.of(config.data, images.shape, *images.statistics())  # refuses wrong sizes
+        eval_sizes(config.data, images.shape)  # refuses wrong ones
         if processes.main:
             self.out.mkdir(parents=True, exist_ok=True)
             same_settings(self.out / "settings.json", config)
@@ -279,12 +279,10 @@ def starting_point(table: Table, init: str, seed: int):
     A random encoder's batch norms keep running statistics of 0 and 1: with those of real images
     the control is much weaker (31 instead of 55 % on the sample).
     """
-    torch.manual_seed(seed)
     data = table.config.data
     images, _ = table.data.pretraining(data.pretrain_on)
-    config = dataclasses.replace(table.config.encoder, init=init)
-    encoder, mean, std = initialise(config, images)
-    return encoder, EvalTransform.of(data, images.shape, mean, std)
+    encoder = dataclasses.replace(table.config.encoder, init=init)
+    return train_byol.start(encoder, data, images, seed)
 
 
 def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: list[str]) -> None:
@@ -361,15 +359,14 @@ def compare(table: Table, methods: list[type]) -> dict:
         found += method_rows(table.cells, method.name, budgets, float(np.median(rates)))
     for name in CONTROLS:
         found += method_rows(table.cells, name, budgets, None)
+    text = methods_markdown(found)
     if table.processes.main:
         from eval.pictures import methods_figure, save  # matplotlib is slow to import
 
         write_json(table.out / "methods.json", found)
-        (table.out / "methods.md").write_text(methods_markdown(found), encoding="utf-8")
+        (table.out / "methods.md").write_text(text, encoding="utf-8")
         save(methods_figure(found), table.out / "methods.png")
-    say(
-        table.processes, f"\n{methods_markdown(found)}\n{table.out}/methods.md, .json, .png written"
-    )
+    say(table.processes, f"\n{text}\n{table.out}/methods.md, .json and .png written")
     return {"rows": found}
 
 

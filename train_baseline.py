@@ -5,24 +5,22 @@ torchrun train_baseline.py --gpus 4 --dataset stl10 --folds
 """
 
 import shlex
+from functools import partial
 from pathlib import Path
 
-import torch
-
+import train_byol
 from baseline.baseline import Baseline
 from core.options import RunConfig, read_config
 from data import datasets
 from data.labelled import Split
 from data.loader import Loader
-from data.transform import EvalTransform
 from eval.classifiers import accuracy
 from eval.features import extract
 from eval.protocols import record
 from eval.supervised import EXTRA, Job, train_all
-from train_byol import prepare
 from training.command import execute
 from training.distributed import Processes
-from training.encoder import EncoderConfig, initialise
+from training.encoder import EncoderConfig
 from training.optimizers import OptimConfig
 from training.run_folder import finished, say
 from training.session import Session
@@ -65,12 +63,8 @@ def configure(argv: list[str]):
 def run(config, processes: Processes) -> dict:
     """Train from --init on the labelled images; returns what result.json holds."""
 
-    def start(images):
-        torch.manual_seed(config.run.seed)
-        encoder, mean, std = initialise(config.encoder, images)
-        return encoder, EvalTransform.of(config.data, images.shape, mean, std)
-
-    return train_all(config, Job(Baseline, start, processes), train)
+    begin = partial(train_byol.start, config.encoder, config.data, seed=config.run.seed)
+    return train_all(config, Job(Baseline, begin, processes), train)
 
 
 def train(config, job: Job, split: Split, watch: Watch, trials: list = ()) -> dict:
@@ -125,7 +119,7 @@ def result_of(config, job: Job, split: Split, session: Session, top1: float, tri
 
 def main(argv: list[str] | None = None) -> dict:
     """Run from the command line."""
-    return execute(configure, run, prepare, argv)
+    return execute(configure, run, train_byol.prepare, argv)
 
 
 if __name__ == "__main__":

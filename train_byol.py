@@ -17,6 +17,7 @@ from byol.byol import BYOL
 from core.errors import UserError
 from core.options import RunConfig, read_config
 from data import datasets
+from data.images import Images
 from data.loader import Loader
 from data.transform import EvalTransform
 from data.views import View2Config, ViewConfig
@@ -69,9 +70,7 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     images, labels = data.pretraining(config.data.pretrain_on)
 
     # model
-    torch.manual_seed(config.run.seed)
-    encoder, mean, std = initialise(config.encoder, images)
-    transform = EvalTransform.of(config.data, images.shape, mean, std)
+    encoder, transform = start(config.encoder, config.data, images, config.run.seed)
     method = method_class(encoder, config.method)
     if config.run.online_probe:
         if labels is None or labels.max() < 1:
@@ -105,6 +104,13 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
             projector.show(session, online, data.class_names)
     report(result, out, processes)
     return result
+
+
+def start(encoder: EncoderConfig, data: datasets.DataConfig, images: Images, seed: int):
+    """The encoder as --init says, and the EvalTransform that goes with it and the images."""
+    torch.manual_seed(seed)
+    network, mean, std = initialise(encoder, images)
+    return network, EvalTransform.of(data, images.shape, mean, std)
 
 
 def train(session: Session, online: OnlineEval, processes: Processes) -> dict:

@@ -4,12 +4,13 @@ import errno
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from filelock import lock_descriptor
 
-from core.errors import RunError, UserError, warn_once
+from core.errors import RunError, UserError, first_process, warn_once
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -108,3 +109,24 @@ def open_locked(path: Path, wait: bool = False) -> TextIO | None:
         raise
     file.close()
     return None
+
+
+@contextmanager
+def locked(path: Path, flag: str = "--data-root"):
+    """Hold the lock on the file `path`, which is made if missing, and stays.
+
+    UserError that names `flag` where the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open_locked(path)
+        if file is None:
+            if first_process():
+                print(f"waiting for another process that holds {path}")
+            file = open_locked(path, wait=True)
+    except OSError as error:
+        raise UserError(
+            f"{flag}: cannot write {path} ({error.strerror}); choose a folder that is writable"
+        ) from None
+    with file:
+        yield

@@ -84,6 +84,7 @@ class RunConfig:
 
 
 def flag_of(section: str, name: str) -> str:
+    """The flag of a table's key: ("optim", "batch_size") -> --batch-size."""
     name = name.replace("_", "-")
     return f"--{name}" if section in PLAIN else f"--{section}.{name}"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
-from core.locks import locked
+from core.files import locked
 from data.datasets import DataConfig, Dataset
 from data.images import Images
 from data.packs import pack_folders, writable

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.errors import UserError, first_process, printable
-from core.locks import locked
+from core.files import locked
 from data.datasets import DataConfig, Dataset
 from data.decode import OURS, decode_all
 from data.images import Images

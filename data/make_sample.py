@@ -20,7 +20,7 @@ import numpy as np
 
 SAMPLE = Path(__file__).parent / "sample" / "fashion_mnist.npz.xz"
 SIZES = {"train": 1000, "unlabelled": 8000, "test": 4000}
-# Of the unpacked files, so that the sample can be made again bit by bit.
+# Of the unpacked files, so that the sample can be made again bit for bit.
 SHA256 = {
     "train-images-idx3": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.errors import UserError
-from core.locks import locked
+from core.files import locked
 from data.datasets import DataConfig, Dataset
 from data.images import Images
 

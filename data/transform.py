@@ -7,6 +7,7 @@ from torch import Tensor
 
 from core.errors import UserError, warn_once
 from data.datasets import DataConfig
+from data.views import normalise
 
 
 def frame(images: Tensor, size: int, crop: int) -> Tensor:
@@ -22,6 +23,17 @@ def frame(images: Tensor, size: int, crop: int) -> Tensor:
         top, left = (round((side - crop) / 2) for side in x.shape[2:])  # as torchvision rounds
         x = x[:, :, top : top + crop, left : left + crop]
     return x
+
+
+def eval_sizes(data: DataConfig, shape: tuple[int, int]) -> tuple[int, int]:
+    """Short side and centre square for `frame`, as [data] says for images of `shape`."""
+    if data.eval_size:
+        if data.eval_size < data.crop_size:
+            raise UserError(
+                f"--eval-size {data.eval_size}: must be at least --crop-size {data.crop_size}"
+            )
+        return data.eval_size, data.crop_size
+    return (0, 0) if max(shape) <= 96 else (round(data.crop_size * 8 / 7), data.crop_size)
 
 
 def warn_enlarged(side: int, stored: int) -> None:
@@ -49,13 +61,7 @@ class EvalTransform:
     @classmethod
     def of(cls, data: DataConfig, shape: tuple[int, int], mean, std) -> "EvalTransform":
         """As [data] says, for a data set's images of `shape`."""
-        size, crop = round(data.crop_size * 8 / 7), data.crop_size
-        if data.eval_size:
-            size = data.eval_size
-            if size < crop:
-                raise UserError(f"--eval-size {size}: must be at least --crop-size {crop}")
-        elif max(shape) <= 96:
-            size, crop = 0, 0
+        size, crop = eval_sizes(data, shape)
         warn_enlarged(crop, min(shape))
         return cls(mean, std, size, crop, min(shape))
 
@@ -86,5 +92,4 @@ class EvalTransform:
             raise TypeError(f"expected an image or uint8 pixels, not {images.dtype}")
         images = images if images.ndim == 4 else images[None]
         mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
-        x = (frame(images, self.size, self.crop) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-        return x.contiguous(memory_format=torch.channels_last)
+        return normalise(frame(images, self.size, self.crop), mean, std)

@@ -32,7 +32,7 @@ from data.labelled import evaluation
 from eval.classifiers import fit_linear
 from eval.pictures import accuracy_figure, confusion_figure, curves_figure, map_figure, own_style
 from eval.table import Cells, markdown
-from eval.trained import load_frozen, tables_of
+from eval.trained import frozen_of, tables_of
 from training.run_folder import read_metrics
 from training.weights import read_weights
 
@@ -110,7 +110,7 @@ class Features:
         own = dict(labels=labels, evaluate_on=evaluate_on, draw=draw)
         config = datasets.DataConfig(**shared["data"], **own)
         split = evaluation(datasets.load(config), config)
-        frozen = load_frozen(run, "auto")
+        frozen = frozen_of(weights, str(run), "auto")
         self.names, self.train, self.test = split.test.class_names, split.train, split.test
         self.known, self.features = frozen(split.train.images), frozen(split.test.images)
         strength = recipe.get("linear", {}).get("strength", 0.0)

@@ -1,6 +1,7 @@
 """Trained networks outside their runs: from --ckpt to an encoder or classifier; users' images."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from core.device import pick_device
 from core.errors import UserError, one_line_errors
 from core.options import Parser, read_config
 from data import datasets
-from data.datasets import DataConfig
 from data.decode import OURS, decode_all
 from data.images import Images
 from data.listing import image_files
@@ -74,8 +74,13 @@ def from_weights(weights: Weights, source: str, device: str) -> tuple[nn.Module,
 
 def load_frozen(ckpt: str | Path, device: str) -> FrozenEncoder:
     """`load`, for sets of images."""
+    return frozen_of(read_weights(ckpt), f"--ckpt {ckpt}", device)
+
+
+def frozen_of(weights: Weights, source: str, device: str) -> FrozenEncoder:
+    """`from_weights`, for sets of images."""
     processes = Processes(0, 1, torch.device(pick_device(device)))
-    return FrozenEncoder(*load(ckpt, device), processes)
+    return FrozenEncoder(*from_weights(weights, source, device), processes)
 
 
 def prepare(config) -> None:
@@ -151,16 +156,17 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
 
 def read_ckpt_config(argv: list[str], sections: dict[str, type], *, extra=(), **keywords):
     """`read_config` with a flag --ckpt, whose run gives the defaults; `.weights` holds it."""
-    found = []
-
-    def inherit(given) -> tuple[dict, dict]:
-        found.append(read_weights(given.ckpt))
-        return tables_of(found[0])
-
+    read = functools.cache(read_weights)
     text = "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
     ckpt = (("--ckpt",), dict(required=True, metavar="RUN", help=text))
-    config = read_config(argv, sections, inherit=inherit, extra=(ckpt, *extra), **keywords)
-    (config.weights,) = found
+    config = read_config(
+        argv,
+        sections,
+        inherit=lambda given: tables_of(read(given.ckpt)),
+        extra=(ckpt, *extra),
+        **keywords,
+    )
+    config.weights = read(config.ckpt)
     return config
 
 
@@ -173,7 +179,7 @@ def tables_of(weights: Weights) -> tuple[dict, dict]:
 
 
 def folder_beside(
-    weights: Weights, name: str, data: DataConfig, folds: bool = False, sweep: bool = False
+    weights: Weights, name: str, data: datasets.DataConfig, folds: bool = False, sweep: bool = False
 ) -> str:
     """Default run folder of an evaluation: beside the weights, named after its labels."""
     parts = [name] + ["sweep"] * sweep + ["folds"] * folds

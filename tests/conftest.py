@@ -23,6 +23,7 @@ from data import stl10  # noqa: E402
 from data.datasets import Dataset  # noqa: E402
 from data.images import Images  # noqa: E402
 from data.loader import Loader  # noqa: E402
+from recipes import HEADS  # noqa: E402
 from training import distributed  # noqa: E402
 from training.session import Session  # noqa: E402
 
@@ -33,7 +34,8 @@ GPU_ENVIRONMENT = dict(os.environ)
 # CUDA doesn't survive a fork; tests marked gpu run in fresh processes, which get it back.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-TINY = """
+TINY = (
+    """
 [data]
 dataset = "sample"
 crop_size = 16
@@ -54,35 +56,9 @@ device = "cpu"
 precision = "fp32"
 log_every = 1
 knn_every = 0
-
-[byol]
-hidden = 64
-projection = 32
-
-[simsiam]
-projection = 32
-hidden = 16
-
-[simclr]
-hidden = 32
-projection = 16
-
-[barlow_twins]
-projection = 32
-
-[vicreg]
-projection = 32
-
-[moco_v3]
-hidden = 32
-projection = 16
-
-[dino]
-hidden = 32
-prototypes = 64
-local_views = 2
-local_size = 8
-
+"""
+    + HEADS
+    + """
 [baseline]
 optimizer = "sgd"
 lr = 0.1
@@ -104,6 +80,7 @@ budgets = [20, 40]
 draws = 2
 trained_draws = 2
 """
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -206,7 +183,7 @@ def stl10_files(root: Path) -> Path:
 
 
 def digest(value) -> str:
-    """SHA-256 of nested dicts, lists, tensors and plain values, bit by bit."""
+    """SHA-256 of nested dicts, lists, tensors and plain values, bit for bit."""
     sha = hashlib.sha256()
 
     def add(item):

@@ -1,5 +1,9 @@
 """Folders of images for tests."""
 
+import contextlib
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,3 +58,18 @@ def root(tmp_path, monkeypatch):
     flat(root / "unlabelled" / "f.png", (90, 0, 0))
     flat(root / "unlabelled" / "more" / "g.png", (91, 0, 0))
     return root
+
+
+@contextlib.contextmanager
+def read_only(monkeypatch, root):
+    """As root's rights don't have it: nothing below `root` can be written to."""
+    with monkeypatch.context() as patch:
+        access = os.access
+        patch.setattr(
+            os,
+            "access",
+            lambda path, mode: (
+                not (mode & os.W_OK and Path(path).is_relative_to(root)) and access(path, mode)
+            ),
+        )
+        yield

@@ -20,8 +20,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from recipes import HEADS
+
 ROOT = Path(__file__).parents[1]
-RECIPE = """
+RECIPE = (
+    """
 [data]
 dataset = "sample"
 crop_size = 24
@@ -38,27 +41,9 @@ log_every = 1
 save_every = 10
 knn_every = 10
 quiet = true
-[byol]
-hidden = 64
-projection = 32
-[simsiam]
-projection = 32
-hidden = 16
-[simclr]
-hidden = 32
-projection = 16
-[barlow_twins]
-projection = 32
-[vicreg]
-projection = 32
-[moco_v3]
-hidden = 32
-projection = 16
-[dino]
-hidden = 32
-prototypes = 64
-local_views = 2
-local_size = 8
+"""
+    + HEADS
+    + """
 [baseline]
 batch_size = 20
 steps = 20
@@ -71,6 +56,7 @@ steps = 20
 [augmented]
 epochs = 2
 """
+)
 METHODS = ("byol", "simsiam", "simclr", "barlow_twins", "vicreg", "moco_v3", "dino")
 TIMES = ("images_per_second", "seconds")
 

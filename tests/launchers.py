@@ -34,7 +34,7 @@ def newest(out) -> int:
 
 
 def equal(out, two) -> bool:
-    """Bit by bit: the launcher's processes and the forked ones have one thread each."""
+    """Bit for bit: the launcher's processes and the forked ones have one thread each."""
     return trained(out, 40) == trained(two / "run", 40) and metrics(out) == metrics(two / "run")
 
 

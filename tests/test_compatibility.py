@@ -21,6 +21,7 @@ import data.sample
 import linear_eval
 import train_byol
 from eval import predict
+from eval.trained import load
 from training.method import Method
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -66,6 +67,14 @@ def test_an_encoder_is_evaluated_as_it_was(tmp_path):
     result = linear_eval.main(["--ckpt", str(FIXTURES / "finished"), *flags])
     assert abs(result["top1"] - EXPECTED["top1"]) < 0.2  # 8 of 4,000 images
     assert result["pretrain_seed"] == 3
+
+
+def test_an_encoder_gives_the_features_it_gave(files):
+    encoder, transform = load(FIXTURES / "finished")
+    images = [transform(Image.open(file)) for file in files]
+    np.testing.assert_allclose(
+        encoder(torch.cat(images)), EXPECTED["features"], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_a_checkpoint_goes_on_as_it_would_have(tmp_path):

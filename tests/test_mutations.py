@@ -173,8 +173,8 @@ MUTATIONS = {
         "data/views.py", "rng.permuted(np.tile(np.arange(4), (count, 1)), axis=1)",
         "np.tile(np.arange(4), (count, 1))", f"{VIEWS} -k orders"),
     "statistics of another data set": (
-        "training/encoder.py", "return encoder, *images.statistics()",
-        "return encoder, [0.491, 0.482, 0.447], [0.247, 0.243, 0.262]",
+        "training/encoder.py", "return build_encoder(config), *images.statistics()",
+        "return build_encoder(config), [0.491, 0.482, 0.447], [0.247, 0.243, 0.262]",
         f"{SCRIPTS} -k inputs_are_normalised"),
     # checkpoints and precision
     "scaler not saved": (

@@ -61,11 +61,6 @@ class Checkpoints:
         """All checkpoints, oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
 
-    def set_aside(self, after: int) -> None:
-        """Rename those of later steps: damaged, or of a past that this run does not go on from."""
-        for path in [p for p in self.list() if p.stem > f"step-{after:08d}"]:
-            path.rename(path.with_name(f"aside-{path.name}"))
-
 
 def rejected(path: Path) -> str:
     """Why a checkpoint can't be trusted; empty where its checksum holds."""

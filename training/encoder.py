@@ -104,11 +104,6 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
     return ENCODERS[config.arch](config.stem, config.width, config.zero_init)
 
 
-def describe_encoder(config: EncoderConfig) -> str:
-    """[encoder] in a few words."""
-    return f"{config.arch}, stem {config.stem}, width {config.width:g}, init {config.init}"
-
-
 def parameter_count(module: nn.Module) -> int:
     """The number of trained scalars."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -119,12 +114,11 @@ def initialise(config: EncoderConfig, images) -> tuple[nn.Module, list[float], l
 
     images   whose mean and std are used where --init names no others
     """
-    encoder = build_encoder(config)
     if config.init == "random":
-        return encoder, *images.statistics()
-    from training import weights  # of no use to other starts
+        return build_encoder(config), *images.statistics()
+    from training.weights import start_from  # of no use to a random start
 
-    return encoder, *weights.start_from(config, encoder, images)
+    return start_from(config, images)
 
 
 def fetch(config: EncoderConfig) -> None:
@@ -133,7 +127,7 @@ def fetch(config: EncoderConfig) -> None:
     To be called before any process group exists.
     """
     if config.init == "imagenet":
-        from training.weights import imagenet_weights  # of no use to other starts
+        from training.weights import imagenet_weights  # of no use to a random start
 
         imagenet_weights(config.arch, config.stem, config.width)
 

@@ -13,9 +13,7 @@ class OptimConfig:
     """[optim]: the optimizer and how long it runs."""
 
     optimizer: str = option("lars", "optimizer", choices=("lars", "sgd", "adamw"))
-    lr: float = option(
-        2.0, "learning rate: per 256 images for lars and sgd, as it is for adamw", low=0
-    )
+    lr: float = option(2.0, "rate per 256 images for lars and sgd, as it is for adamw", low=0)
     weight_decay: float = option(1e-6, "weight decay; never on 1-D parameters", low=0)
     momentum: float = option(0.9, "momentum of lars and sgd", low=0, high=0.9999)
     batch_size: int = option(256, "GLOBAL batch, images over all processes", low=1)

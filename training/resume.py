@@ -44,13 +44,19 @@ def _take_over(session, state: dict) -> None:
     if changed:
         warn(processes, f"--override: {changed}")
     if processes.main:
-        session.checkpoints.set_aside(session.done)
+        set_aside(session.checkpoints, session.done)
     if state["processes"] != processes.world_size:
         warn(
             processes,
             f"going on with {processes.world_size} processes after {state['processes']}: "
             "the same images and views, sums rounded in another order",
         )
+
+
+def set_aside(checkpoints: Checkpoints, after: int) -> None:
+    """Rename those of later steps: damaged, or of a past that this run does not go on from."""
+    for path in [p for p in checkpoints.list() if p.stem > f"step-{after:08d}"]:
+        path.rename(path.with_name(f"aside-{path.name}"))
 
 
 def newest_valid(checkpoints: Checkpoints) -> dict | None:

@@ -14,13 +14,7 @@ import torch
 from tqdm import tqdm
 
 from core.errors import UserError
-from core.files import (
-    open_locked,
-    read_json,
-    remove_leftovers,
-    write_atomically,
-    write_json,
-)
+from core.files import open_locked, read_json, remove_leftovers, write_atomically, write_json
 from core.options import differences
 from training.distributed import Processes, sum_over_ranks
 

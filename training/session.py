@@ -9,7 +9,7 @@ from core.files import write_json
 from core.options import as_dict
 from training import distributed
 from training.checkpoints import Checkpoints, save_file, training_state
-from training.encoder import describe_encoder, parameter_count, save_encoder
+from training.encoder import parameter_count, save_encoder
 from training.loop import Precision, Step, peak_rate, pick_precision, train_steps, warmup_steps
 from training.optimizers import build_optimizer
 from training.run_folder import RunFolder, git_commit, read_metrics, say
@@ -97,9 +97,10 @@ class Session:
 
     def describe(self) -> str:
         """The encoder; device, precision, steps and the actual learning rate: two lines."""
-        o, p, epochs = self.config.optim, self.processes, self.total / self.loader.steps_per_epoch
+        e, o, p = self.config.encoder, self.config.optim, self.processes
+        epochs = self.total / self.loader.steps_per_epoch
         text = (
-            f"{describe_encoder(self.config.encoder)}: "
+            f"{e.arch}, stem {e.stem}, width {e.width:g}, init {e.init}: "
             f"{parameter_count(self.method):,} parameters\n"
             f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
             f"{o.batch_size} images ({epochs:.3g} epochs), "

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.files import read_json
-from core.locks import locked
+from core.files import locked, read_json
 from training.encoder import EncoderConfig, build_encoder
 from training.foreign import find_network, is_plain, with_counters
 from training.load import check_fits, load_file
@@ -173,14 +172,13 @@ def _download(url: str, target: Path) -> None:
         ) from None
 
 
-def start_from(
-    config: EncoderConfig, encoder: nn.Module, images
-) -> tuple[list[float], list[float]]:
-    """Load what --init names into the encoder; returns the mean and std that its inputs need."""
+def start_from(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:
+    """The encoder with what --init names, and the mean and std that its inputs need."""
     if config.init == "imagenet":
+        encoder = build_encoder(config)
         state = imagenet_weights(config.arch, config.stem, config.width)
         load_weights(encoder, state, "--init imagenet")
-        return TORCHVISION["mean"], TORCHVISION["std"]
+        return encoder, TORCHVISION["mean"], TORCHVISION["std"]
     weights = read_weights(config.init, "--init")
-    weights.load_into(encoder, config, f"--init {config.init}")
-    return weights.normalization(images)
+    encoder = weights.encoder(config, f"--init {config.init}")
+    return encoder, *weights.normalization(images)

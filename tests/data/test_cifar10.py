@@ -1,10 +1,9 @@
-import os
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import read_only
 
 from core.errors import UserError
 from data import cifar10
@@ -77,20 +76,12 @@ def test_packs_of_somebody_else_fall_back_to_ours(root, monkeypatch, tmp_path_fa
     """Its folder is read-only, or belongs to another user: the same images, from ./datasets."""
     here = tmp_path_factory.mktemp("here")
     monkeypatch.chdir(here)
-    access = os.access
-    monkeypatch.setattr(
-        os,
-        "access",
-        lambda path, mode: (
-            not (mode & os.W_OK and Path(path).is_relative_to(root)) and access(path, mode)
-        ),
-    )
-    for _ in range(2):
-        cifar10.prepare(root, DataConfig())
-        assert cifar10.load(root, DataConfig()).test_labels.tolist() == [5, 6, 7, 8]
+    with read_only(monkeypatch, root):
+        for _ in range(2):
+            cifar10.prepare(root, DataConfig())
+            assert cifar10.load(root, DataConfig()).test_labels.tolist() == [5, 6, 7, 8]
     assert not (root / "packs").exists()
     assert len(list(here.rglob("cifar10-*.npy"))) == 4
-    monkeypatch.undo()
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     with monkeypatch.context() as patch:
         patch.setattr(cifar10, "_convert", lambda *a: pytest.fail("they are there"))

@@ -1,7 +1,6 @@
 """Folders as users have them: no image is lost, doubled or mixed in without a word."""
 
 import codecs
-import contextlib
 import os
 import random
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from folders import CONFIG, flat, packed, reds
+from folders import CONFIG, flat, packed, read_only, reds
 from PIL import Image
 
 from core.errors import UserError
@@ -409,21 +408,6 @@ def test_one_of_several_processes_warns(root):
 def fresh(root) -> list[int]:
     """What a new process loads."""
     return forked.run(lambda: reds(packed(root).train))[0]
-
-
-@contextlib.contextmanager
-def read_only(monkeypatch, root):
-    """As root's rights don't have it: nothing below `root` can be written to."""
-    with monkeypatch.context() as patch:
-        access = os.access
-        patch.setattr(
-            os,
-            "access",
-            lambda path, mode: (
-                not (mode & os.W_OK and Path(path).is_relative_to(root)) and access(path, mode)
-            ),
-        )
-        yield
 
 
 def test_packs_here_and_there_never_give_yesterdays_images(root, monkeypatch):

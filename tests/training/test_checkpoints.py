@@ -20,7 +20,7 @@ from training import checkpoints as module
 from training.checkpoints import Checkpoints, rejected, save_file
 from training.distributed import SINGLE
 from training.load import load_file
-from training.resume import newest_valid
+from training.resume import newest_valid, set_aside
 from training.run_folder import RunFolder
 
 
@@ -223,7 +223,7 @@ def test_C5_what_is_damaged_does_not_count_among_those_kept(tmp_path):
     for path in checkpoints.list()[1:]:
         path.write_bytes(b"")
     assert value(newest_valid(checkpoints)) == 1
-    checkpoints.set_aside(after=1)
+    set_aside(checkpoints, after=1)
     checkpoints.keep = 2
     checkpoints.save(2, state(4))
     assert [p.name for p in checkpoints.list()] == ["step-00000001.pt", "step-00000002.pt"]

@@ -22,8 +22,7 @@ from launchers import ROOT, newest, rows
 
 from core import errors
 from core.errors import Console, RunError, UserError, one_line_errors
-from core.files import open_locked, write_atomically
-from core.locks import locked
+from core.files import locked, open_locked, write_atomically
 from training.distributed import SINGLE
 from training.encoder import EncoderConfig, fetch
 from training.launch import RELAUNCHED, relaunch_if_needed

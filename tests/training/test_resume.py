@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed ends bit by bit where the uninterrupted one does."""
+"""A run that was stopped and resumed ends bit for bit where the uninterrupted one does."""
 
 import itertools
 import json
