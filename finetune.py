@@ -4,64 +4,47 @@ python finetune.py --ckpt runs/byol-sample --labels 100
 python finetune.py --ckpt runs/byol-stl10 --sweep      # rate and epochs chosen as in the paper
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 from baseline.baseline import Finetune
-from core.options import RunConfig
+from core.options import parse, with_method
 from data import datasets
-from eval.supervised import EXTRA, Job, train_all
-from eval.trained import folder_beside, from_config, prepare, read_ckpt_config
-from train_baseline import HIDE, SKIP, train
+from eval import supervised
+from eval.supervised import Job, train_all
+from eval.trained import CkptConfig, ckpt_config, folder_beside, from_config, prepare
 from training.command import execute
 from training.distributed import Processes
-from training.encoder import EncoderConfig
-from training.optimizers import OptimConfig
 from training.run_folder import say
 
-# As in recipes/stl10.toml: BYOL's fine-tuning (App. C.2), without its sweep.
-DEFAULTS = {
-    "optim": dict(
-        optimizer="sgd",
-        nesterov=True,
-        lr=0.05,
-        weight_decay=0.0,
-        batch_size=100,
-        steps=2500,
-        warmup_epochs=0,
-    )
-}
+
+@dataclass(kw_only=True)
+class CkptTrainConfig(CkptConfig, supervised.Config):
+    """The settings of a labelled training that begins with the encoder of --ckpt."""
+
+    data: datasets.LabelledData
 
 
-def configure(argv: list[str]):
-    """The settings of a fine-tuning run; data set, sizes and encoder come from --ckpt."""
-    sections = {
-        "data": datasets.DataConfig,
-        "encoder": EncoderConfig,
-        "optim": OptimConfig,
-        "run": RunConfig,
-        "finetune": Finetune.Config,
-    }
-    config = read_ckpt_config(
-        argv,
-        sections,
-        own="finetune",
-        defaults=DEFAULTS,
-        description=__doc__,
-        extra=EXTRA,
-        hide=(*HIDE, "init"),
-        skip=SKIP,
-    )
-    kind = config.folds, config.sweep
-    beside = folder_beside(config.weights, "finetune", config.data, *kind)
-    config.run.out = config.run.out or beside
+Config = with_method(CkptTrainConfig, Finetune)
+
+
+def configure(argv: list[str]) -> Config:
+    """The settings by the command line; data set, sizes and encoder come from --ckpt."""
+    return settings(parse(Config, argv, __doc__))
+
+
+def settings(typed: dict) -> Config:
+    """The settings by what was typed, see `make_config`."""
+    config = ckpt_config(Config, typed)
+    config.run.out = config.run.out or folder_beside(config, "finetune", *config.kinds())
     return config
 
 
-def run(config, processes: Processes) -> dict:
+def run(config: Config, processes: Processes) -> dict:
     """Fine-tune the encoder of --ckpt; returns what result.json holds."""
     say(processes, f"fine-tuning the encoder of {config.ckpt}")
     more = {"pretrain_seed": config.weights.meta.get("seed")}
-    return train_all(config, Job(Finetune, partial(from_config, config), processes, more), train)
+    return train_all(config, Job(Finetune, partial(from_config, config), processes, more))
 
 
 def main(argv: list[str] | None = None) -> dict:

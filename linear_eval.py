@@ -8,65 +8,65 @@ python linear_eval.py --ckpt runs/byol-sample --head mlp --labels 100
 
 import shlex
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from core.errors import UserError
 from core.files import write_json
-from core.options import RunConfig, as_dict
+from core.options import as_dict, option, parse
 from data import datasets
-from data.labelled import FOLDS, Split, each_fold, evaluation
+from data.labelled import Split, each_fold, evaluation
 from eval.augmented import AugmentedConfig, fit_augmented
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.frozen import Features, FrozenEncoder
 from eval.knn import euclidean_knn_top1, knn_top1
 from eval.protocols import of_head, over_folds, record
-from eval.trained import folder_beside, from_config, prepare, read_ckpt_config
+from eval.trained import CkptConfig, ckpt_config, folder_beside, from_config, prepare
 from training.checkpoints import save_file
 from training.command import execute
+from training.config import EvalRun
 from training.distributed import Processes
-from training.encoder import EncoderConfig, portable
+from training.encoder import portable
 from training.run_folder import RunFolder, say
 
-HEAD = dict(
-    choices=("linear", "mlp", "knn"),
-    default="linear",
-    help="logistic regression, one hidden layer, or nearest neighbours [linear]",
-)
-PROTOCOL = dict(
-    choices=("features", "augmented"),
-    default="features",
-    help="features computed once, or a linear layer trained on random crops [features]",
-)
-HIDE = tuple(
-    "pretrain_on init zero_init resume precision batch_norm compile data_on_device "
-    "log_every save_every keep check_every replicas_every knn_every stop_after online_probe".split()
-)
+
+@dataclass(kw_only=True)
+class Config(CkptConfig):
+    """The settings of an evaluation."""
+
+    data: datasets.LabelledData
+    run: EvalRun
+    linear: LinearConfig
+    mlp: MLPConfig
+    augmented: AugmentedConfig
+    head: str = option(
+        "linear",
+        "logistic regression, one hidden layer, or nearest neighbours",
+        choices=("linear", "mlp", "knn"),
+    )
+    protocol: str = option(
+        "features",
+        "features computed once, or a linear layer trained on random crops",
+        choices=("features", "augmented"),
+    )
+    folds: bool = option(False, "stl10: each of the ten folds, mean and standard deviation")
 
 
-def configure(argv: list[str]):
-    """The settings of an evaluation; data set, sizes and encoder come from --ckpt."""
-    sections = {
-        "data": datasets.DataConfig,
-        "encoder": EncoderConfig,
-        "run": RunConfig,
-        "linear": LinearConfig,
-        "mlp": MLPConfig,
-        "augmented": AugmentedConfig,
-    }
-    extra = ((("--head",), HEAD), (("--protocol",), PROTOCOL), FOLDS)
-    config = read_ckpt_config(argv, sections, description=__doc__, extra=extra, hide=HIDE)
+def configure(argv: list[str]) -> Config:
+    """The settings by the command line; data set, sizes and encoder come from --ckpt."""
+    config = ckpt_config(Config, parse(Config, argv, __doc__))
     if config.protocol == "augmented" and config.head != "linear":
         raise UserError(f"--protocol augmented is for --head linear, not {config.head}")
-    name = config.head if config.protocol == "features" else config.protocol
-    beside = folder_beside(config.weights, name, config.data, config.folds)
-    config.run.out = config.run.out or beside
+    names = [config.head if config.protocol == "features" else config.protocol]
+    if config.folds:
+        names.append("folds")
+    config.run.out = config.run.out or folder_beside(config, *names)
     return config
 
 
-def run(config, processes: Processes) -> dict:
+def run(config: Config, processes: Processes) -> dict:
     """Fit the head on frozen features and measure it; returns what result.json holds."""
     out, started = Path(config.run.out), time.perf_counter()
     data = datasets.load(config.data)

@@ -30,12 +30,15 @@ import torch
 import finetune
 import train_baseline
 import train_byol
+from baseline.baseline import Baseline, Finetune
+from core import options
 from core.errors import UserError
 from core.files import read_json, write_json
-from core.options import RunConfig, flag_of, option, read_config
+from core.options import make_config, option, parse, with_method
 from data import datasets
 from data.labelled import evaluation
 from data.transform import eval_sizes
+from eval import supervised
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.frozen import Features, FrozenEncoder, pixels
 from eval.knn import knn_top1
@@ -45,17 +48,13 @@ from eval.table import Cells, markdown
 from eval.trained import load
 from training import distributed
 from training.command import execute
-from training.encoder import EncoderConfig, fetch
+from training.config import TableRun
+from training.encoder import EncoderConfig, NewEncoderConfig, fetch
 from training.method import Method
 from training.optimizers import OptimConfig
 from training.run_folder import git_commit, read_metrics, say
 
-HIDE = tuple("labels draw fold init resume overwrite stop_after online_probe seed".split())
-SHARED = ("data", "encoder", "run")  # sections whose flags go on to the scripts
-METHODS = (
-    ("--methods",),
-    dict(nargs="+", default=["byol"], metavar="NAME", help="byol, or files of variants/ [byol]"),
-)
+SHARED = ("recipe", "data", "encoder", "run")  # what is typed for these holds for all runs
 
 
 @dataclass
@@ -69,6 +68,20 @@ class ReproduceConfig:
     first_draw: int = option(0, "number of the first draw", low=0)
     seeds: int = option(1, "pretraining seeds", low=1)
     inits: list[str] = option(["random"], "starting points", choices=("random", "imagenet"))
+
+
+@dataclass(kw_only=True)
+class Config(options.Config):
+    """The settings of a whole table."""
+
+    data: datasets.TableData
+    encoder: NewEncoderConfig
+    optim: OptimConfig
+    run: TableRun
+    linear: LinearConfig
+    mlp: MLPConfig
+    reproduce: ReproduceConfig
+    methods: list[str] = option(["byol"], "byol, or files of variants/")
 
 
 def method_of(name: str) -> type[Method]:
@@ -88,66 +101,38 @@ def method_of(name: str) -> type[Method]:
     return chosen[0]
 
 
-def configure(argv: list[str]):
+def configure(argv: list[str]) -> Config:
     """The settings of the whole table; a mistake in any table that it needs shows up here."""
-    sections = {
-        "data": datasets.DataConfig,
-        "encoder": EncoderConfig,
-        "optim": OptimConfig,
-        "run": RunConfig,
-        "linear": LinearConfig,
-        "mlp": MLPConfig,
-        "reproduce": ReproduceConfig,
-    }
-    config = read_config(argv, sections, description=__doc__, extra=(METHODS,), hide=HIDE)
+    config = make_config(Config, parse(Config, argv, __doc__))
     if not config.recipe:
         raise UserError("--recipe is missing: name one of recipes/*.toml")
-    if config.run.stop_after:
-        raise UserError(f"[run] stop_after = {config.run.stop_after}: a table needs whole runs")
+    if stop := config.recipe_tables.get("run", {}).get("stop_after"):
+        raise UserError(f"[run] stop_after = {stop}: a table needs whole runs")
     several = len(config.methods) > 1
     config.run.out = config.run.out or f"runs/{'methods' if several else Path(config.recipe).stem}"
-    recipe = ["--recipe", config.recipe]
-    words = [*recipe, *spell({k: v for k, v in config.flags.items() if k.startswith("optim.")})]
-    config.methods = [method_of(name) for name in config.methods]
-    if len({method.name for method in config.methods}) < len(config.methods):
+    names = [method_of(name).name for name in config.methods]
+    if len(set(names)) < len(names):
         raise UserError("--methods: two of them have the same `name`, or one stands there twice")
-    settings = [train_byol.configure(words, method) for method in config.methods]
-    config.batch_size = max(s.optim.batch_size for s in settings)
+    pretraining_settings(config)
     if not several:
-        check_budgets(config, recipe)
+        check_budgets(config)
     return config
 
 
-def check_budgets(config, recipe: list[str]) -> None:
+def pretraining_settings(config: Config) -> list[train_byol.Config]:
+    """Those of each method; a UserError where its table in the recipe is wrong."""
+    typed = {k: v for k, v in config.typed.items() if k == "recipe" or k.startswith("optim.")}
+    return [train_byol.settings(typed, method_of(name)) for name in config.methods]
+
+
+def check_budgets(config: Config) -> None:
     """UserError where a budget is smaller than a batch of the baseline or of fine-tuning."""
-    tuning = {"optim": OptimConfig, "finetune": finetune.Finetune.Config}
-    trained = {
-        "baseline": train_baseline.configure(recipe),
-        "finetune": read_config(
-            recipe, tuning, own="finetune", defaults=finetune.DEFAULTS, skip=train_baseline.SKIP
-        ),
-    }
     budget = min(config.reproduce.budgets)
-    for table, settings in trained.items():
+    for method in (Baseline, Finetune):
+        settings = make_config(with_method(supervised.Config, method), {"recipe": config.recipe})
         if settings.optim.batch_size > budget:
-            text = f"batches of [{table}] have {settings.optim.batch_size} images"
+            text = f"batches of [{method.name}] have {settings.optim.batch_size} images"
             raise UserError(f"--reproduce.budgets {budget}: {text}; lower its batch_size")
-
-
-def spell(flags: dict, hide: tuple = ()) -> list[str]:
-    """The command line that gives `flags` ({"run.device": "cpu", ...}) again, less those hidden."""
-    words = []
-    for key, value in flags.items():
-        section, name = key.split(".")
-        if name in hide:
-            continue
-        if isinstance(value, bool):
-            flag = flag_of(section, name)
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            words += [flag_of(section, name), *map(str, values)]
-    return words
 
 
 class Table:
@@ -164,7 +149,8 @@ class Table:
             except UserError as error:  # it names the scripts' flag
                 raise UserError(str(error).replace("--labels", "--reproduce.budgets")) from None
         images, _ = self.data.pretraining(config.data.pretrain_on)
-        if (batch := config.batch_size) > len(images):
+        batch = max(settings.optim.batch_size for settings in pretraining_settings(config))
+        if batch > len(images):
             raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
         eval_sizes(config.data, images.shape)  # refuses wrong ones
         if processes.main:
@@ -179,16 +165,15 @@ class Table:
         self.draws = range(r.first_draw, r.first_draw + r.draws)
         self.trained = range(r.first_draw, r.first_draw + r.trained_draws)
 
-    def command(self, folder: str, hide: tuple = ()) -> list[str]:
-        """The command line of a script's run inside this table: ours, with its own --out."""
-        out = str(self.out / folder)
-        ours = {k: v for k, v in self.config.flags.items() if k.split(".")[0] in SHARED}
-        words = spell(ours, ("out", "quiet", "evaluate_on", "seed", *hide))
-        return ["--recipe", self.config.recipe, *words, "--out", out, "--resume"]
+    def typed(self, folder: str, more: dict) -> dict:
+        """What a run inside this table gets: what was typed for the table, its folder, and more."""
+        shared = {k: v for k, v in self.config.typed.items() if k.split(".")[0] in SHARED}
+        return shared | {"run.out": str(self.out / folder), "run.resume": "auto"} | more
 
     def split(self, labels: int, draw: int):
         """The labelled images of one draw and what is measured on."""
-        settings = dataclasses.replace(self.config.data, labels=labels, draw=draw)
+        on = self.config.data.evaluate_on
+        settings = datasets.LabelledData(labels=labels, draw=draw, evaluate_on=on)
         return evaluation(self.data, settings)
 
     def missing(self, name: str, init: str, seed: int, draws) -> list[tuple]:
@@ -213,14 +198,12 @@ class Table:
         )
 
 
-def same_settings(path: Path, config) -> None:
+def same_settings(path: Path, config: Config) -> None:
     """UserError where --out holds cells of other settings; what only adds cells may change."""
-    settings = {
-        "recipe": {k: v for k, v in config.tables.items() if k not in ("reproduce", "run")},
-        "flags": {
-            k: v for k, v in config.flags.items() if not k.startswith(("run.", "reproduce."))
-        },
-    }
+    more = ("run", "reproduce")
+    recipe = {name: table for name, table in config.recipe_tables.items() if name not in more}
+    flags = {k: v for k, v in config.typed.items() if "." in k and k.split(".")[0] not in more}
+    settings = {"recipe": recipe, "flags": flags}
     if path.exists() and read_json(path) != settings:
         raise UserError(
             f"--out {path.parent} holds a table of another recipe or other flags; "
@@ -281,60 +264,54 @@ def starting_point(table: Table, init: str, seed: int):
     """
     data = table.config.data
     images, _ = table.data.pretraining(data.pretrain_on)
-    encoder = dataclasses.replace(table.config.encoder, init=init)
+    encoder = EncoderConfig(**vars(table.config.encoder), init=init)
     return train_byol.start(encoder, data, images, seed)
 
 
-def trained_rows(table: Table, name: str, init: str, seed: int, script, flags: list[str]) -> None:
+def trained_rows(table: Table, name: str, init: str, seed: int, script, more: dict) -> None:
     """Rows whose network is trained on the labels: the script's own run, one folder a cell."""
     for key in table.missing(name, init, seed, table.trained):
         labels, draw = key[2], key[3]
         folder = f"{name}-{init}/seed{seed}-labels{labels}-draw{draw}"
+        of_cell = {"data.labels": labels, "data.draw": draw, "run.seed": draw, "run.save_every": 0}
         begun = time.perf_counter()
-        config = script.configure(
-            [
-                *table.command(folder, train_baseline.HIDE),
-                *flags,
-                *f"--labels {labels} --draw {draw} --seed {draw} --save-every 0".split(),
-                *("--evaluate-on", table.config.data.evaluate_on),
-            ]
-        )
+        config = script.settings(table.typed(folder, of_cell | more))
         result = script.run(config, table.quiet)
         seconds = time.perf_counter() - begun
         table.add(key, result["top1"], seconds, result["protocol"], result["test_images"])
 
 
-def prepare(config) -> None:
+def prepare(config: Config) -> None:
     """Download and pack what is missing: found out now, not after hours."""
     datasets.prepare(config.data)
     for init in config.reproduce.inits:
-        fetch(dataclasses.replace(config.encoder, init=init))
+        fetch(EncoderConfig(**vars(config.encoder), init=init))
 
 
-def pretrain(table: Table, method, init: str, seed: int, folder: str) -> Path:
+def pretrain(table: Table, method: type[Method], init: str, seed: int, folder: str) -> Path:
     """Pretrain, unless that is done; returns the run folder, which lies in the table's."""
-    optim = spell({k: v for k, v in table.config.flags.items() if k.startswith("optim.")})
-    words = [*table.command(folder), *optim, "--init", init, "--seed", str(seed)]
-    train_byol.run(train_byol.configure(words, method), table.processes, method)
+    optim = {k: v for k, v in table.config.typed.items() if k.startswith("optim.")}
+    typed = table.typed(folder, optim | {"encoder.init": init, "run.seed": seed})
+    train_byol.run(train_byol.settings(typed, method), table.processes, method)
     return table.out / folder
 
 
-def run(config, processes) -> dict:
+def run(config: Config, processes) -> dict:
     """All rows; writes results.json, results.md and results.png into --out."""
     table, r, started = Table(config, processes), config.reproduce, time.perf_counter()
-    if len(config.methods) > 1:
-        return compare(table, config.methods)
-    (method,), folders = config.methods, []
-    m = method.name
+    methods, folders = [method_of(name) for name in config.methods], []
+    if len(methods) > 1:
+        return compare(table, methods)
+    method, m = methods[0], methods[0].name
     control_rows(table, r.inits)
     for init in r.inits:
-        trained_rows(table, "baseline", init, 0, train_baseline, ["--init", init])
+        trained_rows(table, "baseline", init, 0, train_baseline, {"encoder.init": init})
         for seed in range(r.seeds):
             folders.append(pretrain(table, method, init, seed, f"{m}-{init}-seed{seed}"))
             rows = {f"{m}-knn": "knn", f"{m}-linear": "linear", f"{m}-mlp": "mlp"}
             frozen_rows(table, rows, init, seed, frozen(table, partial(load, folders[-1])))
-            flags = ["--ckpt", str(folders[-1])]
-            trained_rows(table, f"{m}-finetune", init, seed, finetune, flags)
+            more = {"ckpt": str(folders[-1])}
+            trained_rows(table, f"{m}-finetune", init, seed, finetune, more)
     rows, claims = table.cells.rows(), table.cells.claims(m)
     total = time.perf_counter() - started
     if processes.main:

@@ -9,13 +9,14 @@ The same script trains every method of variants/, see there.
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from byol.byol import BYOL
+from core import options
 from core.errors import UserError
-from core.options import RunConfig, read_config
 from data import datasets
 from data.images import Images
 from data.loader import Loader
@@ -23,42 +24,43 @@ from data.transform import EvalTransform
 from data.views import View2Config, ViewConfig
 from eval.online import OnlineEval
 from training.command import execute
+from training.config import PretrainRun
 from training.distributed import Processes
 from training.encoder import EncoderConfig, fetch, initialise
+from training.method import Method
 from training.optimizers import OptimConfig
 from training.run_folder import finished, say, warn
 from training.session import Session
 from training.stopping import Watch
 
 
-def configure(argv: list[str], method_class=BYOL):
-    """The settings of a pretraining run, checked as far as that goes without the data."""
-    sections = {
-        "data": datasets.DataConfig,
-        "encoder": EncoderConfig,
-        "view1": ViewConfig,
-        "view2": View2Config,
-        "optim": OptimConfig,
-        "run": RunConfig,
-        method_class.name: method_class.Config,
-    }
-    config = read_config(
-        argv,
-        sections,
-        own=method_class.name,
-        defaults=method_class.defaults,
-        description=__doc__
-        if method_class is BYOL
-        else sys.modules[method_class.__module__].__doc__,
-        hide=("labels", "draw", "fold", "evaluate_on"),
-    )
-    config.view1.check("view1")
-    config.view2.check("view2")
+@dataclass(kw_only=True)
+class Config(options.Config):
+    """The settings of a pretraining run; the method's own table is added to them."""
+
+    data: datasets.PretrainData
+    encoder: EncoderConfig
+    view1: ViewConfig
+    view2: View2Config
+    optim: OptimConfig
+    run: PretrainRun
+
+
+def configure(argv: list[str], method_class: type[Method] = BYOL) -> Config:
+    """The settings by the command line."""
+    text = __doc__ if method_class is BYOL else sys.modules[method_class.__module__].__doc__
+    typed = options.parse(options.with_method(Config, method_class), argv, text)
+    return settings(typed, method_class)
+
+
+def settings(typed: dict, method_class: type[Method] = BYOL) -> Config:
+    """The settings by what was typed, see `options.make_config`."""
+    config = options.make_config(options.with_method(Config, method_class), typed)
     config.run.out = config.run.out or f"runs/{method_class.name}-{config.data.dataset}"
     return config
 
 
-def run(config, processes: Processes, method_class=BYOL) -> dict:
+def run(config: Config, processes: Processes, method_class: type[Method] = BYOL) -> dict:
     """Pretrain; returns what result.json holds.  The run folder then has encoder.pt."""
     out = Path(config.run.out)
     if result := finished(out, config):
@@ -73,13 +75,9 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
     encoder, transform = start(config.encoder, config.data, images, config.run.seed)
     method = method_class(encoder, config.method)
     if config.run.online_probe:
-        if labels is None or labels.max() < 1:
-            raise UserError("--online-probe: needs labelled images of two classes or more")
-        from eval.probe import OnlineProbe, hold_out_labels  # of no use to other runs
+        method, labels = add_probe(method, data, labels)
 
-        labels = hold_out_labels(labels, data.train_labels)
-        method = OnlineProbe(method, len(data.class_names))
-
+    # training
     labels = labels if method.uses_labels else None
     views = method.views or (config.view1, config.view2)
     loader = Loader.of(config, images, labels, views, transform, processes)
@@ -87,16 +85,15 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
         Session(config, method, loader, transform, processes) as session,
         Watch(processes, config.run.check_every) as session.watch,
     ):
-        height, width = images.shape
-        say(
-            processes,
-            f"{method.name} on {config.data.dataset}: {len(images):,} images of {height}x{width}, "
-            f"views of {config.data.crop_size}; {session.describe()}",
-        )
         every, history = config.run.knn_every, session.history()
         online = OnlineEval(data, loader, transform, processes, every, session.total, history)
+        size = "{}x{}".format(*images.shape)
+        say(
+            processes,
+            f"{method.name} on {config.data.dataset}: {len(images):,} images of {size}, "
+            f"views of {config.data.crop_size}; {session.describe()}",
+        )
         result = train(session, online, processes)
-        result = {"name": method.name, "dataset": config.data.dataset, **result}
         session.finish(result)
         if every:
             from eval import projector  # of no use without evaluations
@@ -104,6 +101,16 @@ def run(config, processes: Processes, method_class=BYOL) -> dict:
             projector.show(session, online, data.class_names)
     report(result, out, processes)
     return result
+
+
+def add_probe(method: Method, data: datasets.Dataset, labels):
+    """The method with a linear probe, and the labels without those of the held-out images."""
+    if labels is None or labels.max() < 1:
+        raise UserError("--online-probe: needs labelled images of two classes or more")
+    from eval.probe import OnlineProbe, hold_out_labels  # of no use to other runs
+
+    labels = hold_out_labels(labels, data.train_labels)
+    return OnlineProbe(method, len(data.class_names)), labels
 
 
 def start(encoder: EncoderConfig, data: datasets.DataConfig, images: Images, seed: int):
@@ -114,7 +121,7 @@ def start(encoder: EncoderConfig, data: datasets.DataConfig, images: Images, see
 
 
 def train(session: Session, online: OnlineEval, processes: Processes) -> dict:
-    """The loop; returns the steps, the last metrics, warnings and seconds."""
+    """The loop; returns what result.json holds, with the last metrics."""
     metrics = {}
     for step in session.steps():  # forward, backward, optimizer, moving average: training/loop.py
         now = {}
@@ -129,8 +136,14 @@ def train(session: Session, online: OnlineEval, processes: Processes) -> dict:
         session.save_if_due(step)
     if online.every and not metrics:  # resumed after the last step
         metrics, _ = online.measure(session.method, session.total - 1)
-    seconds = round(session.seconds, 1)
-    return {"steps": session.total, **metrics, "warnings": online.warnings, "seconds": seconds}
+    return {
+        "name": session.method.name,
+        "dataset": session.config.data.dataset,
+        "steps": session.total,
+        **metrics,
+        "warnings": online.warnings,
+        "seconds": round(session.seconds, 1),
+    }
 
 
 def report(result: dict, out: Path, processes: Processes) -> None:
@@ -143,7 +156,7 @@ def report(result: dict, out: Path, processes: Processes) -> None:
     say(processes, f"next: python linear_eval.py --ckpt {shlex.quote(str(out))}")
 
 
-def prepare(config) -> None:
+def prepare(config: Config) -> None:
     """Fetch the data set, and the published weights that --init names."""
     datasets.prepare(config.data)
     fetch(config.encoder)

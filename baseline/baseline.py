@@ -13,6 +13,12 @@ class Baseline(Method):
 
     name = "baseline"
     uses_labels = True
+    # As in recipes/stl10.toml: plain SGD, and steps instead of epochs, since labels are few.
+    defaults = {
+        "optim": dict(
+            optimizer="sgd", lr=0.1, weight_decay=5e-4, batch_size=100, steps=5000, warmup_epochs=0
+        )
+    }
 
     @dataclass
     class Config:
@@ -50,6 +56,18 @@ class Finetune(Baseline):
     """The same training, from a pretrained encoder."""
 
     name = "finetune"
+    # As in recipes/stl10.toml: BYOL's fine-tuning (App. C.2), without its sweep.
+    defaults = {
+        "optim": dict(
+            optimizer="sgd",
+            nesterov=True,
+            lr=0.05,
+            weight_decay=0.0,
+            batch_size=100,
+            steps=2500,
+            warmup_epochs=0,
+        )
+    }
 
     @dataclass
     class Config(Baseline.Config):

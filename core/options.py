@@ -1,9 +1,10 @@
 """Options, recipes and the command line: dataclasses whose fields are TOML keys and flags.
 
-A section is one dataclass and one TOML table.  Fields of the sections in `PLAIN` are plain flags
-(`--lr`), those of all others are dotted (`--view1.blur-p`, `--byol.base-tau`).  A value comes from,
-in rising precedence: the dataclass's default, the method's defaults, the checkpoint's run (for
-evaluations), the recipe's shared tables, the recipe's table of the script, the command line.
+The settings of a command are a subclass of `Config`.  A field that is a dataclass itself is a table
+of recipes; the others are flags of that command alone.  Keys of the tables in `PLAIN` are plain
+flags (`--lr`), those of other tables are dotted (`--view1.blur-p`, `--byol.base-tau`).  A value
+comes from, in rising precedence: the dataclass's default, the method's defaults, the run of
+--ckpt, the recipe's shared tables, the recipe's table of the method, the command line.
 """
 
 import argparse
@@ -14,23 +15,28 @@ import tomllib
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from core.errors import UserError
 
 PLAIN = ("data", "encoder", "optim", "run")
-# Tables of other scripts and methods in a recipe are ignored; what is no table at all is an error.
-OTHERS = "view1 view2 byol baseline linear mlp augmented finetune reproduce".split()
-KNOWN_TABLES = (*PLAIN, *OTHERS)
+# A recipe serves all commands: tables of others are ignored, unknown names are an error.
+TABLES = (*PLAIN, *"view1 view2 byol baseline linear mlp augmented finetune reproduce".split())
 VARIANTS = Path(__file__).parent.parent / "variants"
+OLD_RECIPE = "the recipe of --ckpt"  # may have keys that were removed since
+REMOVED = {
+    "max_steps": "use --steps",
+    "replicas_every": "the processes are compared at each save and every 1,000 steps",
+}
 
 
-def option(default, help: str, *, low=None, high=None, choices=None, trajectory=True):
+def option(default, help: str, *, low=None, high=None, choices=None, trajectory=True, bare=None):
     """A dataclass field with its help text, its range or choices, and whether it shapes the run.
 
-    `trajectory` marks what changes the weights that a run ends with; a resume compares those.
+    trajectory   whether it changes the weights that a run ends with; a resume compares those
+    bare         the value of the flag alone, without a word behind it
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, trajectory=trajectory)
+    metadata["bare"] = bare
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -40,121 +46,189 @@ def option(default, help: str, *, low=None, high=None, choices=None, trajectory=
 running = functools.partial(option, trajectory=False)
 
 
-@dataclass
-class RunConfig:
-    """[run]: where and how it runs; little of it changes the result."""
+@dataclass(kw_only=True)
+class Config:
+    """All settings of one command: its tables and its own flags.
 
-    out: str = running("", "run folder (default runs/METHOD-DATASET)")
-    resume: str = running("", "continue: auto (newest valid in --out) or a file")
-    override: bool = running(False, "resume although settings that shape the result have changed")
-    overwrite: bool = running(False, "rename an existing run folder away")
-    seed: int = option(0, "seed of initialisation, order and augmentation", low=0, high=2**63 - 1)
-    device: str = running("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    data_on_device: str = running(
-        "auto",
-        "training images in the GPU's memory (auto: where they take less than half of it)",
-        choices=("auto", "always", "never"),
-    )
-    gpus: int = running(1, "processes on this machine, one a GPU", low=1)
-    precision: str = option(
-        "auto", "arithmetic of the network", choices=("auto", "fp32", "bf16", "fp16")
-    )
-    batch_norm: str = option(
-        "sync", "statistics over all processes or in each", choices=("sync", "local")
-    )
-    compile: bool = option(False, "torch.compile the network")
-    threads: int = running(0, "CPU threads of a process (0: cores / processes)", low=0, high=1024)
-    log_every: int = running(20, "steps between log lines", low=1)
-    save_every: int = running(1000, "steps between checkpoints (0: only the last)", low=0)
-    keep: int = running(2, "checkpoints kept", low=2)
-    check_every: int = running(
-        0, "check for stop requests and NaNs every N steps (0: 1 on CPU, 20 on CUDA)", low=0
-    )
-    replicas_every: int = running(
-        1000, "compare the processes' weights every N steps, besides each save (0: never)", low=0
-    )
-    knn_every: int = running(1000, "steps between k-NN and collapse metrics (0: never)", low=0)
-    stop_after: int = running(0, "stop after this step, schedules unchanged (0: run all)", low=0)
-    online_probe: bool = option(False, "also train a linear probe on detached features")
-    dist_timeout: float = running(
-        600, "seconds until a stalled process is an error", low=1, high=10**6
-    )
-    quiet: bool = running(False, "print errors only")
-    debug: bool = running(False, "show tracebacks")
+    recipe_tables   the tables of the recipe, as they stand there
+    typed           what the command line said: {"optim.lr": 0.2, "head": "mlp", ...}
+    """
+
+    own: typing.ClassVar[str] = ""  # the method's table; it may set the keys of [optim] as well
+    defaults: typing.ClassVar[dict] = {}  # tables laid over the defaults of the dataclasses
+    ignored: typing.ClassVar[tuple] = ()  # tables of a recipe that are meant for other commands
+
+    recipe: str = running("", "TOML file, see recipes/")
+    recipe_tables: dict = dataclasses.field(default_factory=dict)
+    typed: dict = dataclasses.field(default_factory=dict)
 
 
-def flag_of(section: str, name: str) -> str:
-    """The flag of a table's key: ("optim", "batch_size") -> --batch-size."""
-    name = name.replace("_", "-")
-    return f"--{name}" if section in PLAIN else f"--{section}.{name}"
+@functools.cache  # one class, so that settings can be compared
+def with_method(config_class: type[Config], method_class) -> type[Config]:
+    """`config_class` with the method's own table, also found as `.method`, and its defaults."""
+    name = method_class.name
+    namespace = {
+        "own": name,
+        "defaults": method_class.defaults,
+        "method": property(lambda config: getattr(config, name)),
+    }
+    return dataclasses.make_dataclass(
+        config_class.__name__,
+        [(name, method_class.Config)],
+        bases=(config_class,),
+        namespace=namespace,
+        kw_only=True,
+    )
 
 
-def check(value, field: dataclasses.Field, kind, label: str):
-    """`value` as the field's type, or a UserError that names `label` and the allowed range."""
-    meta, origin = field.metadata, typing.get_origin(kind)
-    if origin is list:
-        (inner, *_), default = typing.get_args(kind), field.default_factory()
+class Option(typing.NamedTuple):
+    """A field of a table with its type."""
+
+    field: dataclasses.Field
+    kind: type
+
+    def check(self, value, label: str):
+        """`value` as the field's type, or a UserError that names `label` and the allowed range."""
+        if typing.get_origin(self.kind) is not list:
+            return self._check_scalar(value, self.kind, label)
         if not isinstance(value, list | tuple) or not value:
+            default = self.field.default_factory()
             raise UserError(f"{label} = {value!r}: expected a list such as {default}")
-        return [_scalar(v, inner, meta, label) for v in value]
-    return _scalar(value, kind, meta, label)
+        return [self._check_scalar(v, typing.get_args(self.kind)[0], label) for v in value]
+
+    def _check_scalar(self, value, kind, label: str):
+        choices, low, high = (self.field.metadata[name] for name in ("choices", "low", "high"))
+        right = isinstance(value, kind) or (kind is float and isinstance(value, int))
+        if not right or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"{label} = {value!r}: expected {kind.__name__}")
+        if choices and value not in choices:
+            raise UserError(f"{label} = {value!r}: expected one of {', '.join(choices)}")
+        if kind is str:
+            return value
+        if low is not None and value < low:
+            raise UserError(f"{label} = {value!r}: must be at least {low}")
+        if high is not None and value > high:
+            raise UserError(f"{label} = {value!r}: must be at most {high}")
+        if not abs(value) < 2**63:  # also false for nan
+            raise UserError(f"{label} = {value!r}: must be a number below 2^63")
+        return kind(value)
 
 
-def _scalar(value, kind, meta, label):
-    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if not right or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{label} = {value!r}: expected {kind.__name__}")
-    value = kind(value)
-    if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{label} = {value!r}: expected one of {', '.join(meta['choices'])}")
-    low, high = meta["low"], meta["high"]
-    if kind is not str and not (
-        (low is None or value >= low) and (high is None or value <= high) and abs(value) < 2**63
-    ):
-        bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-        bounds += ["below 2^63"] * (not abs(value) < 2**63)
-        raise UserError(f"{label} = {value!r}: must be {' and '.join(bounds) or 'a number'}")
-    return value
+def options_of(table: type) -> dict[str, Option]:
+    """The options of a dataclass by name; its tables and what is no option are left out."""
+    hints = typing.get_type_hints(table)
+    fields = [field for field in dataclasses.fields(table) if "help" in field.metadata]
+    return {field.name: Option(field, hints[field.name]) for field in fields}
 
 
-def read_recipe(path: str | Path) -> dict:
-    """The tables of a recipe file; a UserError where it is missing or is not TOML."""
+def tables_of(config_class: type[Config]) -> dict[str, type]:
+    """The tables of a command's settings: name -> dataclass."""
+    hints = typing.get_type_hints(config_class)
+    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+
+def _accepted(name: str, table: type) -> dict[str, Option]:
+    """The options that a table may hold in a recipe.
+
+    Commands share [data], [encoder] and [run], and each takes a class of its own for them: the
+    options of all these classes are accepted, and checked.
+    """
+    if name not in PLAIN:
+        return options_of(table)
+    root = [kind for kind in table.__mro__ if dataclasses.is_dataclass(kind)][-1]
+    family, accepted = [root], {}
+    for kind in family:  # grows as it goes
+        family += kind.__subclasses__()
+        accepted |= options_of(kind)
+    return accepted
+
+
+def flag_of(key: str) -> str:
+    """The flag of a key: "optim.batch_size" -> --batch-size, "byol.hidden" -> --byol.hidden."""
+    table, _, name = key.rpartition(".")
+    name = name.replace("_", "-")
+    return f"--{table}.{name}" if table and table not in PLAIN else f"--{name}"
+
+
+def read_recipe(path: str | Path, known: typing.Iterable[str] = ()) -> dict:
+    """The tables of a recipe file.
+
+    UserError where it is missing, is not TOML, or has a table that is neither in `known` nor that
+    of another command or of a file in variants/.
+    """
     path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--recipe {path}: {error.strerror}; see the folder recipes/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--recipe {path}: not valid TOML: {error}") from None
+    for name in tables:
+        if name not in (*known, *TABLES) and not (VARIANTS / f"{name}.py").exists():
+            raise UserError(f"--recipe {path}: unknown table [{name}]" + _hint(name, TABLES))
+    return tables
 
 
-def _near(name: str, known) -> str:
+def _hint(name: str, known) -> str:
+    """What to do about an unknown name."""
+    if name in REMOVED:
+        return f", which was removed: {REMOVED[name]}"
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _layer(
-    values: dict, sections: dict, tables: dict, own: str | None, source: str, skip: tuple = ()
-) -> None:
-    """Lay `tables` over `values`; the table `own` may set the fields of [optim] as well."""
-    shared = [t for t in tables if t in sections and t not in (own, *skip)]
-    for table in shared + [own] * (own in tables):
-        if not isinstance(tables[table], dict):
-            raise UserError(f"{source}: {table} must be a table, [{table}]")
-        for key, value in tables[table].items():
-            home = table
-            if table == own and key not in values[own] and key in values.get("optim", {}):
-                home = "optim"
-            if key not in values[home]:
-                raise UserError(f"{source}: [{table}] has no key {key}" + _near(key, values[home]))
-            _put(values, sections, home, key, value, f"{source}: [{table}] {key}")
+def make_config(
+    config_class: type[Config], typed: dict, *, run: dict | None = None, recipe: dict | None = None
+) -> Config:
+    """The settings of a command.
+
+    typed    what the command line says, by key; see `parse`
+    run      tables of the run of --ckpt
+    recipe   tables of the recipe of --ckpt, which hold where --recipe names no other one
+    Raises UserError for anything unknown or out of range.
+    """
+    tables = tables_of(config_class)
+    if unknown := [name for name in config_class.defaults if name not in tables]:
+        raise UserError(f"defaults: unknown table {unknown[0]}" + _hint(unknown[0], tables))
+    accepted = {name: _accepted(name, table) for name, table in tables.items()}
+    accepted[""] = options_of(config_class)
+    values = {name: dataclasses.asdict(table()) for name, table in tables.items()} | {"": {}}
+    lay = functools.partial(_lay, values, accepted, config_class.own)
+    lay(config_class.defaults, "defaults")
+    recipe, file = recipe or {}, typed.get("recipe")
+    if file:
+        lay(run or {}, "the run of --ckpt")
+        recipe = read_recipe(file, tables)
+    shared = {name: table for name, table in recipe.items() if name not in config_class.ignored}
+    lay(shared, f"--recipe {file}" if file else OLD_RECIPE)
+    if not file:
+        lay(run or {}, "the run of --ckpt")
+    for key, value in typed.items():
+        table, _, name = key.rpartition(".")
+        values[table][name] = accepted[table][name].check(value, flag_of(key))
+    made = {n: t(**{k: values[n][k] for k in options_of(t)}) for n, t in tables.items()}
+    for name, table in made.items():
+        if hasattr(table, "check"):
+            table.check(name)
+    return config_class(**made, **values[""], recipe_tables=recipe, typed=typed)
 
 
-def _put(values: dict, sections: dict, section: str, name: str, value, label: str) -> None:
-    """Set one value after `check`."""
-    field = {f.name: f for f in dataclasses.fields(sections[section])}[name]
-    kind = typing.get_type_hints(sections[section])[name]
-    values[section][name] = check(value, field, kind, label)
+def _lay(values: dict, accepted: dict, own: str, tables: dict, source: str) -> None:
+    """Lay tables over the values; the method's own comes last, and may set keys of [optim]."""
+    for name in sorted(tables, key=lambda name: name == own):
+        if name not in values:
+            continue
+        if not isinstance(tables[name], dict):
+            raise UserError(f"{source}: {name} must be a table, [{name}]")
+        for key, value in tables[name].items():
+            if key in REMOVED and source == OLD_RECIPE:
+                continue
+            shared = name == own and key not in accepted[name] and key in accepted["optim"]
+            home = "optim" if shared else name
+            if key not in accepted[home]:
+                hint = _hint(key, accepted[home])
+                raise UserError(f"{source}: [{name}] has no key {key}" + hint)
+            values[home][key] = accepted[home][key].check(value, f"{source}: [{name}] {key}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,113 +238,62 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def _parser(description, sections, values, extra, hide) -> Parser:
+def parse(config_class: type[Config], argv: list[str], description: str) -> dict:
+    """What the command line says: {"optim.lr": 0.2, "head": "mlp", ...}."""
+    for word in argv:
+        name = word.split("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in REMOVED:
+            raise UserError(f"{word} was removed: {REMOVED[name]}")
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", metavar="FILE", help="TOML file, see recipes/")
-    for flags, keywords in extra:
-        parser.add_argument(*flags, **keywords)
-    for section, cls in sections.items():
-        title = (cls.__doc__ or section).splitlines()[0].rstrip(".")
-        group = parser.add_argument_group(title)
-        hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            if field.name in hide:
-                continue
-            kind, keywords = hints[field.name], {"default": argparse.SUPPRESS}
-            default = values[section][field.name]
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
-            keywords["help"] = f"{field.metadata['help']} [{shown}]"
-            keywords["dest"] = f"{section}.{field.name}"
-            if kind is bool:
-                keywords["action"] = argparse.BooleanOptionalAction
-            elif typing.get_origin(kind) is list:
-                keywords |= dict(nargs="+", type=typing.get_args(kind)[0])
-                keywords["metavar"] = field.name.upper()
-            else:
-                keywords |= dict(type=kind, metavar=field.name.upper())
-                if field.name == "resume":
-                    keywords |= dict(nargs="?", const="auto")
-                if field.metadata["choices"]:
-                    keywords["metavar"] = "|".join(field.metadata["choices"])
-            group.add_argument(flag_of(section, field.name), **keywords)
-    return parser
+    defaults = make_config(config_class, {})
+    _add_flags(parser, "", config_class, defaults)
+    for name, table in tables_of(config_class).items():
+        title = (table.__doc__ or name).splitlines()[0].rstrip(".")
+        _add_flags(parser.add_argument_group(title), name, table, getattr(defaults, name))
+    return vars(parser.parse_args(argv))
 
 
-def read_config(
-    argv: list[str],
-    sections: dict[str, type],
-    *,
-    own: str | None = None,
-    defaults: dict | None = None,
-    inherit=None,
-    description: str = "",
-    extra: tuple = (),
-    hide: tuple = (),
-    skip: tuple = (),
-) -> SimpleNamespace:
-    """The settings of a script: one attribute for each section, and those of `extra` arguments.
-
-    sections   section name -> dataclass
-    own        the script's or method's own section, also found as `.method`
-    defaults   tables that the method lays over the dataclasses' defaults
-    inherit    function of the extra arguments (such as --ckpt) that gives further default tables,
-               and those of a recipe that takes the place of --recipe
-    extra      ((flags, keywords of add_argument), ...)
-    hide       options that have no meaning for this script: no flags, but keys in recipes
-    skip       shared tables of recipes that are other scripts'
-    Raises UserError for anything unknown or out of range.
-    """
-    values = {name: dataclasses.asdict(cls()) for name, cls in sections.items()}
-    if unknown := [table for table in defaults or {} if table not in sections]:
-        raise UserError(f"defaults: unknown table {unknown[0]}" + _near(unknown[0], sections))
-    _layer(values, sections, defaults or {}, None, "defaults")
-    given = vars(_parser(description, sections, values, extra, hide).parse_args(argv))
-    flags = {key: given.pop(key) for key in list(given) if "." in key}
-    tables, source = {}, f"--recipe {given['recipe']}"
-    if inherit:  # the run's settings, and its recipe's where none is given
-        shared, tables = inherit(SimpleNamespace(**given))
-        if not given["recipe"]:
-            _layer(values, sections, tables, own, "the recipe of --ckpt", skip)
-        _layer(values, sections, shared, None, "the run of --ckpt")
-    if given["recipe"]:
-        tables = read_recipe(given["recipe"])
-        for table in tables:
-            if table not in (*sections, *KNOWN_TABLES) and not (VARIANTS / f"{table}.py").exists():
-                raise UserError(f"{source}: unknown table [{table}]" + _near(table, KNOWN_TABLES))
-        _layer(values, sections, tables, own, source, skip)
-    for key, value in flags.items():
-        section, name = key.split(".")
-        _put(values, sections, section, name, value, flag_of(section, name))
-    optim = values.get("optim", {})
-    if optim.get("optimizer") == "adamw" and optim["lr"] > 0.05:
-        raise UserError(f"--lr {optim['lr']:g} is a rate for lars or sgd; adamw wants about 1e-3")
-    config = SimpleNamespace(**{s: cls(**values[s]) for s, cls in sections.items()}, **given)
-    config.sections, config.flags, config.tables = tuple(sections), flags, tables
-    if own in sections:
-        config.method = getattr(config, own)
-    return config
+def _add_flags(group, table: str, table_class: type, defaults) -> None:
+    """One flag for each option, which is left out of the result where it is not typed."""
+    for name, (field, kind) in options_of(table_class).items():
+        key, default = f"{table}.{name}".lstrip("."), getattr(defaults, name)
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        keywords = {"dest": key, "default": argparse.SUPPRESS}
+        keywords["help"] = field.metadata["help"] + (f" [{shown}]" if shown != "" else "")
+        if kind is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            choices = field.metadata["choices"]
+            keywords["metavar"] = "|".join(choices) if choices else name.upper()
+            keywords |= {"type": kind, "choices": choices}
+            if typing.get_origin(kind) is list:
+                keywords |= {"nargs": "+", "type": typing.get_args(kind)[0]}
+            elif bare := field.metadata["bare"]:
+                keywords |= {"nargs": "?", "const": bare}
+        group.add_argument(flag_of(key), **keywords)
 
 
-def as_dict(config: SimpleNamespace) -> dict:
+def as_dict(config: Config) -> dict:
     """Plain types only, so that weights_only loading can hold it: one table a section.
 
     "recipe" holds the recipe's own tables: an evaluation of the run starts from them.
     """
-    settings = {name: dataclasses.asdict(getattr(config, name)) for name in config.sections}
-    return settings | {"recipe": config.tables}
+    tables = tables_of(type(config))
+    settings = {name: dataclasses.asdict(getattr(config, name)) for name in tables}
+    return settings | {"recipe": config.recipe_tables}
 
 
-def differences(config: SimpleNamespace, saved: dict) -> list[str]:
+def differences(config: Config, saved: dict) -> list[str]:
     """What a resume changes of all that shapes the trajectory: "--lr 0.3 -> 0.2", ..."""
-    found = []
-    for section in config.sections:
-        for field in dataclasses.fields(getattr(config, section)):
-            new = getattr(getattr(config, section), field.name)
-            old = saved.get(section, {}).get(field.name, new)
-            if field.metadata["trajectory"] and old != new:
-                found.append(f"{flag_of(section, field.name)} {old} -> {new}")
-    return found
+    changed = []
+    for table, table_class in tables_of(type(config)).items():
+        for name, option in options_of(table_class).items():
+            new = getattr(getattr(config, table), name)
+            old = saved.get(table, {}).get(name, new)
+            if option.field.metadata["trajectory"] and old != new:
+                changed.append(f"{flag_of(f'{table}.{name}')} {old} -> {new}")
+    return changed

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
-from core.options import option
+from core.options import option, running
 from data.images import Images
 
 NAMES = ("stl10", "cifar10", "folder", "sample")
@@ -15,30 +15,49 @@ NAMES = ("stl10", "cifar10", "folder", "sample")
 
 @dataclass
 class DataConfig:
-    """[data]: images, their sizes, and which labels may be used."""
+    """[data]: images and their sizes."""
 
     dataset: str = option("stl10", "data set", choices=NAMES)
-    data_root: str = option(
-        "datasets", "folder of the data (folder: DIR with train/, test/)", trajectory=False
-    )
-    download: bool = option(False, "fetch stl10 or cifar10 when missing", trajectory=False)
-    pretrain_on: str = option(
-        "train+unlabelled", "images for pretraining", choices=("train+unlabelled", "unlabelled")
-    )
+    data_root: str = running("datasets", "folder of the data (folder: DIR with train/, test/)")
+    download: bool = running(False, "fetch stl10 or cifar10 when missing")
     crop_size: int = option(96, "side of the views, pixels", low=8)
     store_size: int = option(160, "folder: side that images are packed at, pixels", low=8)
     eval_size: int = option(
-        0,
-        "short side in evaluation (0: the full frame up to 96, else 8/7 crop)",
-        low=0,
+        0, "short side in evaluation (0: the full frame up to 96, else 8/7 crop)", low=0
     )
-    strict: bool = option(False, "folder: refuse unreadable images", trajectory=False)
-    labels: int = option(0, "labelled images used (0: all)", low=0)
-    draw: int = option(0, "which random draw of them; draws are nested in --labels", low=0)
-    fold: int = option(-1, "one of STL-10's ten predefined folds (-1: none)", low=-1, high=9)
+    strict: bool = running(False, "folder: refuse unreadable images")
+
+
+@dataclass
+class PretrainData(DataConfig):
+    """[data] of pretraining: images and their sizes."""
+
+    pretrain_on: str = option(
+        "train+unlabelled", "images for pretraining", choices=("train+unlabelled", "unlabelled")
+    )
+
+
+@dataclass
+class MeasuredData(DataConfig):
+    """[data] of an evaluation: images, their sizes, and what is measured on."""
+
     evaluate_on: str = option(
         "test", "validation: the labelled images outside the draw", choices=("test", "validation")
     )
+
+
+@dataclass
+class LabelledData(MeasuredData):
+    """[data] of a command that learns from labels: images, their sizes, and the labels used."""
+
+    labels: int = option(0, "labelled images used (0: all)", low=0)
+    draw: int = option(0, "which random draw of them; draws are nested in --labels", low=0)
+    fold: int = option(-1, "one of STL-10's ten predefined folds (-1: none)", low=-1, high=9)
+
+
+@dataclass
+class TableData(PretrainData, MeasuredData):
+    """[data] of reproduce.py: images, their sizes, and what is measured on."""
 
 
 @dataclass

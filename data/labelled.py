@@ -6,13 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from core.errors import UserError
-from data.datasets import DataConfig, Dataset
+from data.datasets import Dataset, LabelledData
 from data.images import Images
-
-FOLDS = (  # a flag of the evaluations
-    ("--folds",),
-    dict(action="store_true", help="stl10: each of the ten folds, mean and standard deviation"),
-)
 
 
 @dataclass
@@ -68,7 +63,7 @@ def stratified_folds(labels: np.ndarray, count: int, seed: int = 0) -> list[np.n
     return [np.flatnonzero(fold == f) for f in range(count)]
 
 
-def each_fold(data: DataConfig, folds: bool) -> list[DataConfig]:
+def each_fold(data: LabelledData, folds: bool) -> list[LabelledData]:
     """The settings for each of STL-10's ten folds, or `data` alone."""
     if folds and (data.labels or data.fold >= 0):
         raise UserError("--folds: all labels of each fold are used; leave out --labels and --fold")
@@ -95,7 +90,7 @@ def label_draw(labels: np.ndarray, count: int, draw: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def evaluation(dataset: Dataset, data: DataConfig) -> "Split":
+def evaluation(dataset: Dataset, data: LabelledData) -> Split:
     """The labelled images that may be used and those that are measured on."""
     wanted = {"train": dataset.train} | (
         {"test": dataset.test} if data.evaluate_on == "test" else {}

@@ -6,6 +6,7 @@ Written to preview.png or --out; a file that exists is not replaced.
 """
 
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from core.errors import UserError, one_line_errors
+from core import options
+from core.errors import one_line_errors
 from core.files import new_file
-from core.options import RunConfig, read_config
+from core.options import make_config, parse, running
 from data import datasets
 from data.decode import SOFTWARE
 from data.loader import VIEWS, generator
@@ -24,15 +26,23 @@ from data.views import View2Config, ViewConfig, apply, draw
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 
 
-def configure(argv: list[str]):
+@dataclass(kw_only=True)
+class Config(options.Config):
+    """The settings of a preview."""
+
+    data: datasets.PretrainData
+    view1: ViewConfig
+    view2: View2Config
+    count: int = running(8, "images shown", low=1)
+    out: str = running("preview.png", "file to write")
+    seed: int = running(0, "seed of the images and views", low=0, high=2**63 - 1)
+    quiet: bool = running(False, "print errors only")
+
+
+def configure(argv: list[str]) -> Config:
     """The recipe's data and views."""
-    sections = dict(data=datasets.DataConfig, view1=ViewConfig, view2=View2Config, run=RunConfig)
-    images = (("--count",), dict(type=int, default=8, metavar="N", help="images shown [8]"))
-    hide = tuple(f for f in RunConfig.__dataclass_fields__ if f not in ("out", "seed", "quiet"))
-    config = read_config(argv, sections, description=__doc__, extra=(images,), hide=hide)
-    if config.count < 1:
-        raise UserError(f"--count {config.count}: must be at least 1")
-    config.run.out = str(new_file(config.run.out or "preview.png"))
+    config = make_config(Config, parse(Config, argv, __doc__))
+    new_file(config.out)
     return config
 
 
@@ -40,7 +50,7 @@ def run(config) -> dict:
     """Write the picture; returns the names of its columns."""
     data = datasets.load(config.data)
     images, _ = data.pretraining(config.data.pretrain_on)
-    rng, crop = generator(config.run.seed, VIEWS, 0), config.data.crop_size
+    rng, crop = generator(config.seed, VIEWS, 0), config.data.crop_size
     chosen = np.sort(rng.choice(len(images), min(config.count, len(images)), replace=False))
     pixels = images.gather(chosen)
     columns = {"original": pixels.float() / 255}
@@ -50,9 +60,9 @@ def run(config) -> dict:
         columns[name] = apply(pixels, view, drawn, view.size or crop)
     columns |= extremes(pixels, [config.view1, config.view2], crop)
     rows = [[x[i] for x in columns.values()] for i in range(len(pixels))]
-    save_png(mosaic(rows, list(columns)), config.run.out)
-    if not config.run.quiet:
-        print(f"{config.run.out}: {len(rows)} images, {len(columns)} columns")
+    save_png(mosaic(rows, list(columns)), config.out)
+    if not config.quiet:
+        print(f"{config.out}: {len(rows)} images, {len(columns)} columns")
     return {"columns": list(columns)}
 
 

@@ -6,28 +6,31 @@ It holds features (N, D) float32, labels (-1: unknown), files, splits and classe
 """
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from core.files import new_file, write_atomically
-from core.options import RunConfig
+from core.options import parse
 from data import datasets
 from eval.frozen import FrozenEncoder
-from eval.trained import from_config, prepare, read_ckpt_config
+from eval.trained import CkptConfig, ckpt_config, from_config, prepare
 from training.command import execute
-from training.encoder import EncoderConfig
+from training.config import RunConfig
 from training.run_folder import say
 
-KEPT = ("out", "device", "gpus", "threads", "quiet", "debug", "dist_timeout")
+
+@dataclass(kw_only=True)
+class Config(CkptConfig):
+    """The settings of an export of features."""
+
+    run: RunConfig
 
 
-def configure(argv: list[str]):
+def configure(argv: list[str]) -> Config:
     """Data set, sizes and encoder come from --ckpt unless flags say otherwise."""
-    sections = {"data": datasets.DataConfig, "encoder": EncoderConfig, "run": RunConfig}
-    hide = [name for name in RunConfig.__dataclass_fields__ if name not in KEPT]
-    hide += "pretrain_on labels draw fold evaluate_on init zero_init".split()
-    config = read_ckpt_config(argv, sections, description=__doc__, hide=tuple(hide))
+    config = ckpt_config(Config, parse(Config, argv, __doc__))
     config.run.out = str(new_file(config.run.out or "features.npz"))
     return config
 

@@ -108,7 +108,7 @@ class Features:
         weights = read_weights(run)
         shared, recipe = tables_of(weights)
         own = dict(labels=labels, evaluate_on=evaluate_on, draw=draw)
-        config = datasets.DataConfig(**shared["data"], **own)
+        config = datasets.LabelledData(**shared["data"], **own)
         split = evaluation(datasets.load(config), config)
         frozen = frozen_of(weights, str(run), "auto")
         self.names, self.train, self.test = split.test.class_names, split.train, split.test

@@ -1,29 +1,49 @@
-"""Supervised runs: one, one for each of STL-10's folds, or one for each point of a sweep."""
+"""Training on labels: one run, one for each of STL-10's folds, or one for each point of a sweep."""
 
 import dataclasses
 import itertools
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
+from core import options
 from core.errors import UserError
 from core.files import write_json
-from core.options import RunConfig, as_dict
+from core.options import as_dict, running
 from data import datasets
-from data.labelled import FOLDS, Split, each_fold, evaluation
-from eval.protocols import over_folds
+from data.labelled import Split, each_fold, evaluation
+from data.loader import Loader
+from eval.classifiers import accuracy
+from eval.features import extract
+from eval.protocols import over_folds, record
+from training.config import TrainRun
 from training.distributed import Processes, barrier
+from training.encoder import EncoderConfig
 from training.loop import peak_rate
+from training.optimizers import OptimConfig
 from training.run_folder import RunFolder, finished, say
+from training.session import Session
 from training.stopping import Watch
 
-SWEEP = (
-    ("--sweep",),
-    dict(action="store_true", help="choose rate and epochs on a fifth of the training labels"),
-)
-EXTRA = (SWEEP, FOLDS)
+
+@dataclass(kw_only=True)
+class Config(options.Config):
+    """The settings of a labelled training; the method's own table is added to them."""
+
+    ignored = ("optim",)  # a recipe's [optim] is pretraining's; labelled training has its own
+
+    data: datasets.LabelledData
+    encoder: EncoderConfig
+    optim: OptimConfig
+    run: TrainRun
+    sweep: bool = running(False, "choose rate and epochs on a fifth of the training labels")
+    folds: bool = running(False, "stl10: each of the ten folds, mean and standard deviation")
+
+    def kinds(self) -> list[str]:
+        """What stands for --sweep and --folds in the name of a run folder."""
+        return [name for name in ("sweep", "folds") if getattr(self, name)]
 
 
 @dataclass
@@ -40,32 +60,28 @@ class Job:
     more: dict = field(default_factory=dict)
 
 
-def train_all(config, job: Job, train: Callable) -> dict:
-    """The one run that is asked for; with --folds ten of them, with --sweep a grid before each.
-
-    train   function of settings, job, split, watch and trials: one training, see train_baseline.py
-    """
-    out = Path(config.run.out)
+def train_all(config: Config, job: Job) -> dict:
+    """The one run that is asked for; with --folds ten of them, with --sweep a grid before each."""
+    out, run = Path(config.run.out), config.run
     if result := finished(out, config):
         say(job.processes, f"{out} is complete; nothing to do")
         return result | {"complete": True}
     data = datasets.load(config.data)
-    plan = []  # settings of the data, its split, and the part of that for a sweep
+    plan = []  # for each run: settings, its split, and the part of that for a sweep
     for of_fold in each_fold(config.data, config.folds):
         split = evaluation(data, of_fold)
-        plan.append((of_fold, split, split.train.hold_out() if config.sweep else None))
+        of_run = dataclasses.replace(config, data=of_fold)
+        plan.append((of_run, split, split.train.hold_out() if config.sweep else None))
     check_batches(config, job.processes, plan)
-    run = config.run
     if config.sweep or config.folds:
         run = open_folder(config, job.processes)
     results = []
     with Watch(job.processes, run.check_every) as watch:
-        for of_fold, split, part in plan:
-            folder, trials = (out / f"fold{of_fold.fold}" if config.folds else out), []
-            now = with_(config, data=of_fold, run=dataclasses.replace(run, out=str(folder)))
-            if config.sweep:
-                now, trials = sweep(now, job, part, watch, train)
-            results.append(train(now, job, split, watch, trials))
+        for of_run, split, part in plan:
+            folder = out / f"fold{of_run.data.fold}" if config.folds else out
+            of_run.run = dataclasses.replace(run, out=str(folder))
+            trials = sweep(of_run, job, part, watch) if config.sweep else []
+            results.append(train(of_run, job, split, watch, trials))
     if not config.folds:
         return results[0]
     result = over_folds(results)
@@ -76,7 +92,7 @@ def train_all(config, job: Job, train: Callable) -> dict:
     return result
 
 
-def check_batches(config, processes: Processes, plan: list[tuple]) -> None:
+def check_batches(config: Config, processes: Processes, plan: list[tuple]) -> None:
     """UserError where a split, or what a sweep leaves of it, is too small for a batch."""
     fewest, batch = min(len(split.train) for _, split, _ in plan), config.optim.batch_size
     if batch > fewest:
@@ -90,7 +106,7 @@ def check_batches(config, processes: Processes, plan: list[tuple]) -> None:
         )
 
 
-def open_folder(config, processes: Processes) -> RunConfig:
+def open_folder(config: Config, processes: Processes) -> TrainRun:
     """Make the folder of many runs, each of which can go on; returns the settings of those."""
     run = config.run
     if run.resume not in ("", "auto"):
@@ -103,15 +119,10 @@ def open_folder(config, processes: Processes) -> RunConfig:
     return dataclasses.replace(run, resume="auto", overwrite=False)
 
 
-def with_(config, **sections) -> SimpleNamespace:
-    """The same settings with other sections."""
-    return SimpleNamespace(**vars(config) | sections)
+def sweep(config: Config, job: Job, part: Split, watch: Watch) -> list[dict]:
+    """Try rate x epochs on `part` of the training labels; `config` gets the best, returns all.
 
-
-def sweep(config, job: Job, part: Split, watch: Watch, train: Callable):
-    """Rate x epochs on `part` of the training labels: (settings with the best, the trials).
-
-    It gets no test images.
+    The trials see no test images.
     """
     m, o, trials = config.method, config.optim, []
     cuts = job.processes.world_size * o.accumulate
@@ -120,7 +131,7 @@ def sweep(config, job: Job, part: Split, watch: Watch, train: Callable):
     for lr, epochs in itertools.product(m.sweep_lr, m.sweep_epochs):
         folder = Path(config.run.out) / "sweep" / f"lr{lr:g}-epochs{epochs}"
         schedule = dict(epochs=epochs, steps=0, batch_size=size, lr=lr * same)
-        of_trial = with_(
+        of_trial = dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, evaluate_on="validation"),
             optim=dataclasses.replace(o, **schedule),
@@ -133,5 +144,56 @@ def sweep(config, job: Job, part: Split, watch: Watch, train: Callable):
             for weights in folder.glob("*.pt"):
                 weights.unlink()
     best = max(trials, key=lambda trial: trial["held_out_top1"])
-    chosen = dict(lr=best["lr"], epochs=best["epochs"], steps=0)
-    return with_(config, optim=dataclasses.replace(o, **chosen)), trials
+    config.optim = dataclasses.replace(o, lr=best["lr"], epochs=best["epochs"], steps=0)
+    return trials
+
+
+def train(config: Config, job: Job, split: Split, watch: Watch, trials: list = ()) -> dict:
+    """Train encoder and head on the training images of `split`, and measure on its test images.
+
+    trials   what a sweep before it tried
+    Returns what result.json holds.
+    """
+    out, processes = Path(config.run.out), job.processes
+    if not trials and (result := finished(out, config)):
+        return result
+    images, labels, classes = split.train.images, split.train.labels, split.train.class_names
+    encoder, transform = job.start(images)
+    method = job.method_class(encoder, config.method, len(classes))
+    loader = Loader.of(config, images, labels, method.views, transform, processes)
+    with Session(config, method, loader, transform, processes, watch) as session:
+        say(
+            processes,
+            f"{method.name} on {config.data.dataset}: {len(split.train):,} labelled images, "
+            f"{len(split.test):,} {config.data.evaluate_on} images; {session.describe()}",
+        )
+        for step in session.steps():
+            session.log(step)
+            session.save_if_due(step)
+        features = extract(method.encoder, split.test.images, transform, processes)
+        top1 = accuracy(method.head.cpu()(features), split.test.labels)
+        result = result_of(config, job, split, session, top1, trials)
+        session.finish(result, lambda: classifier_of(session, classes))
+    say(
+        processes,
+        f"{out}: top-1 {top1:.2f} % on {len(split.test):,} {config.data.evaluate_on} images with "
+        f"{len(split.train):,} labels, {result['seconds']:.0f} s\n"
+        f"next: tensorboard --logdir {shlex.quote(str(out))}",
+    )
+    return result
+
+
+def classifier_of(session: Session, classes: list[str]) -> dict:
+    """What classifier.pt holds."""
+    network = {name: getattr(session.method, name).state_dict() for name in ("encoder", "head")}
+    return network | {"meta": session.meta, "classes": classes}
+
+
+def result_of(config, job: Job, split: Split, session: Session, top1: float, trials: list) -> dict:
+    """What result.json holds."""
+    o = config.optim
+    more = {"init": config.encoder.init, "optimizer": o.optimizer, "lr": o.lr}
+    more |= {"steps": session.total, **job.more, "seconds": round(session.seconds, 1)}
+    more |= {"trials": trials} if trials else {}
+    protocol = "network-sweep" if trials else "network"
+    return record(protocol, session.method.name, config, split, top1, **more)

@@ -1,8 +1,8 @@
 """Trained networks outside their runs: from --ckpt to an encoder or classifier; users' images."""
 
 import argparse
-import functools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 
 from core.device import pick_device
 from core.errors import UserError, one_line_errors
-from core.options import Parser, read_config
+from core.options import Config, Parser, make_config, options_of, running
 from data import datasets
 from data.decode import OURS, decode_all
 from data.images import Images
@@ -20,7 +20,7 @@ from data.transform import EvalTransform
 from eval.classifiers import Classifier, build_head
 from eval.frozen import FrozenEncoder
 from training.distributed import Processes
-from training.encoder import ENCODERS, EncoderConfig
+from training.encoder import ENCODERS, EncoderConfig, ShapeConfig
 from training.load import load_file
 from training.weights import TORCHVISION, Weights, read_weights
 
@@ -91,7 +91,7 @@ def prepare(config) -> None:
 def from_config(config, images: Images) -> tuple[nn.Module, EvalTransform]:
     """The encoder of --ckpt and its transform for a data set's images, as a script's flags say.
 
-    config   by `read_ckpt_config`, with the sections data and encoder
+    config   by `ckpt_config`
     """
     encoder = config.weights.encoder(config.encoder, f"--ckpt {config.ckpt}")
     normalization = config.weights.normalization(images)
@@ -154,36 +154,46 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
     return Images([pixels[: len(names)]]), names
 
 
-def read_ckpt_config(argv: list[str], sections: dict[str, type], *, extra=(), **keywords):
-    """`read_config` with a flag --ckpt, whose run gives the defaults; `.weights` holds it."""
-    read = functools.cache(read_weights)
-    text = "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
-    ckpt = (("--ckpt",), dict(required=True, metavar="RUN", help=text))
-    config = read_config(
-        argv,
-        sections,
-        inherit=lambda given: tables_of(read(given.ckpt)),
-        extra=(ckpt, *extra),
-        **keywords,
+@dataclass(kw_only=True)
+class CkptConfig(Config):
+    """The settings of a command that takes a pretrained encoder."""
+
+    data: datasets.DataConfig
+    encoder: ShapeConfig
+    ckpt: str = running(
+        "", "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
     )
-    config.weights = read(config.ckpt)
+    weights: Weights | None = None  # what --ckpt holds
+
+
+def ckpt_config(config_class: type[CkptConfig], typed: dict) -> CkptConfig:
+    """`make_config` with the run of --ckpt for defaults."""
+    if not typed.get("ckpt"):
+        raise UserError("--ckpt is missing: name a run folder, or a file of weights")
+    weights = read_weights(typed["ckpt"])
+    run, recipe = tables_of(weights)
+    config = make_config(config_class, typed, run=run, recipe=recipe)
+    config.weights = weights
+    init = weights.meta.get("init", EncoderConfig.init)
+    config.encoder = EncoderConfig(**vars(config.encoder), init=init)
     return config
 
 
 def tables_of(weights: Weights) -> tuple[dict, dict]:
     """For an evaluation: the run's data and the encoder's shape; its recipe's tables."""
-    draws = ("labels", "draw", "fold", "evaluate_on", "download")
-    data = {k: v for k, v in weights.config.get("data", {}).items() if k not in draws}
-    shape = {k: weights.meta[k] for k in ("arch", "stem", "width", "init") if k in weights.meta}
+    data, keep = weights.config.get("data", {}), options_of(datasets.DataConfig).keys()
+    data = {name: data[name] for name in keep & data.keys() - {"download"}}
+    shape = {name: weights.meta[name] for name in options_of(ShapeConfig) if name in weights.meta}
     return {"data": data, "encoder": shape}, weights.config.get("recipe", {})
 
 
-def folder_beside(
-    weights: Weights, name: str, data: datasets.DataConfig, folds: bool = False, sweep: bool = False
-) -> str:
+def folder_beside(config: CkptConfig, *names: str) -> str:
     """Default run folder of an evaluation: beside the weights, named after its labels."""
-    parts = [name] + ["sweep"] * sweep + ["folds"] * folds
-    parts += [f"labels{data.labels}-draw{data.draw}"] * bool(data.labels)
-    parts += [f"fold{data.fold}"] * (data.fold >= 0)
-    parts += ["validation"] * (data.evaluate_on == "validation")
-    return str(weights.folder / "-".join(parts))
+    data, parts = config.data, list(names)
+    if data.labels:
+        parts.append(f"labels{data.labels}-draw{data.draw}")
+    if data.fold >= 0:
+        parts.append(f"fold{data.fold}")
+    if data.evaluate_on == "validation":
+        parts.append("validation")
+    return str(config.weights.folder / "-".join(parts))

@@ -123,7 +123,7 @@ MUTATIONS = {
         "kernels = {id(p) for p in trained if p.ndim > 1}\n"
         "    others = [p for p in trained if id(p) not in kernels]", f"{LARS} -k no_kernel"),
     "a recipe's [optim] in labelled training": (
-        "train_baseline.py", 'SKIP = ("optim",)', "SKIP = ()",
+        "eval/supervised.py", 'ignored = ("optim",)', "ignored = ()",
         "tests/training/test_config.py -k pretraining_alone"),
     "warm-up cut to a tenth": (
         "training/loop.py", "total // 2)", "total // 10)", f"{PLAN} -k warmup"),

@@ -21,7 +21,7 @@ import reproduce
 import train_baseline
 import train_byol
 from data import datasets
-from eval import online
+from eval import online, supervised
 from eval.features import extract
 from eval.protocols import PROTOCOLS
 
@@ -210,13 +210,13 @@ def test_nearest_neighbours_come_in_all_four_kinds(run):
 
 def test_a_sweep_chooses_inside_the_labels_and_then_uses_all_of_them(run, monkeypatch):
     seen = []
-    original = train_baseline.train
+    original = supervised.train
 
     def watched(config, job, split, watch, trials=()):
         seen.append((config.optim.lr, config.optim.epochs, split))
         return original(config, job, split, watch, trials)
 
-    monkeypatch.setattr(finetune, "train", watched)
+    monkeypatch.setattr(supervised, "train", watched)
     flags = ["--ckpt", str(run), *CPU, "--labels", "50", "--sweep"]
     grid = ["--finetune.sweep-lr", "0", "0.2", "--finetune.sweep-epochs", "1", "8"]
     result = finetune.main([*flags, *grid])
@@ -245,7 +245,7 @@ def test_a_sweep_stopped_at_any_time_goes_on(run, tmp_path, monkeypatch):
     """SIGTERM in the second trial: saved, exit 75; --resume repeats nothing and ends the same."""
     whole = finetune.main(["--ckpt", str(run), *CPU, *SWEEP, "--out", str(tmp_path / "whole")])
     flags = ["--ckpt", str(run), *CPU, *SWEEP, "--out", str(tmp_path / "out")]
-    trained, original = [], train_baseline.Session.steps
+    trained, original = [], supervised.Session.steps
 
     def steps(session):
         trained.append(session.folder.out.name)
@@ -254,7 +254,7 @@ def test_a_sweep_stopped_at_any_time_goes_on(run, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield step
 
-    monkeypatch.setattr(train_baseline.Session, "steps", steps)
+    monkeypatch.setattr(supervised.Session, "steps", steps)
     with pytest.raises(SystemExit) as stop:
         finetune.main(flags)
     assert stop.value.code == 75 and trained == ["lr0.1-epochs2", "lr0.2-epochs2"]
@@ -270,13 +270,13 @@ def test_a_sweep_stopped_at_any_time_goes_on(run, tmp_path, monkeypatch):
 
 
 def test_a_signal_between_two_trials_is_not_lost(run, tmp_path, monkeypatch):
-    original = train_baseline.extract
+    original = supervised.extract
 
     def extract(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(train_baseline, "extract", extract)
+    monkeypatch.setattr(supervised, "extract", extract)
     with pytest.raises(SystemExit) as stop:
         finetune.main(["--ckpt", str(run), *CPU, *SWEEP, "--out", str(tmp_path / "out")])
     assert stop.value.code == 75 and len(list(tmp_path.rglob("result.json"))) == 1 + 1  # the run's

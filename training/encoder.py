@@ -85,7 +85,7 @@ ENCODERS = {arch: functools.partial(Encoder, arch) for arch in ARCHS}
 
 
 @dataclass
-class EncoderConfig:
+class ShapeConfig:
     """[encoder]: the network that evaluation loads."""
 
     arch: str = option("resnet18", "network", choices=ENCODERS)
@@ -95,7 +95,19 @@ class EncoderConfig:
         choices=STEMS,
     )
     width: float = option(1.0, "multiplies all channel counts", low=1 / 16, high=8)
+
+
+@dataclass
+class NewEncoderConfig(ShapeConfig):
+    """[encoder]: the network, and how it starts where its weights are random."""
+
     zero_init: bool = option(False, "start each block's last batch-norm scale at 0, not 1")
+
+
+@dataclass
+class EncoderConfig(NewEncoderConfig):
+    """[encoder]: the network, and how it starts."""
+
     init: str = option("random", "starting point: random, imagenet, or a file of weights")
 
 

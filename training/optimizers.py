@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim import Optimizer
 
+from core.errors import UserError
 from core.options import option
 
 
@@ -21,13 +22,16 @@ class OptimConfig:
     accumulate: int = option(1, "micro-batches that a global batch is cut into", low=1)
     epochs: int = option(100, "epochs over the training images", low=1)
     steps: int = option(0, "optimizer steps instead of epochs (0: use --epochs)", low=0)
-    max_steps: int = option(0, "upper bound of the steps; the schedules end there", low=0)
     warmup_epochs: float = option(10, "linear warm-up, at most half of all steps", low=0)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """K, the number of attempted steps that the schedules run over."""
-        total = self.steps or self.epochs * steps_per_epoch
-        return min(total, self.max_steps) if self.max_steps else total
+        return self.steps or self.epochs * steps_per_epoch
+
+    def check(self, label: str) -> None:
+        """UserError where the rate can't be meant for the optimizer."""
+        if self.optimizer == "adamw" and self.lr > 0.05:
+            raise UserError(f"--lr {self.lr:g} is a rate for lars or sgd; adamw wants about 1e-3")
 
 
 class LARS(Optimizer):

@@ -15,6 +15,8 @@ from training.optimizers import build_optimizer
 from training.run_folder import RunFolder, git_commit, read_metrics, say
 from training.stopping import Watch
 
+REPLICAS_EVERY = 1000  # steps between comparisons, besides those before each save
+
 
 class Session:
     """One training run, new or resumed; as a context it closes what it has opened.
@@ -148,7 +150,7 @@ class Session:
         self.done, watch = step.index + 1, self.watch
         due = self.checkpoints.due(step) or step.index == self.stop - 1
         watch.look(step, self.method, self.optimizer, saving=due)
-        saving, every = due or watch.stop or watch.save, self.config.run.replicas_every
+        saving, every = due or watch.stop or watch.save, REPLICAS_EVERY
         if saving or (every and self.done % every == 0):
             self.compare_replicas()
         if not saving:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from data.datasets import DataConfig, Dataset, load, prepare
+from data.datasets import DataConfig, Dataset, LabelledData, load, prepare
 from data.images import Images
 from data.labelled import each_fold, evaluation, label_draw, stratified_folds
 from data.transform import EvalTransform
@@ -89,7 +89,7 @@ def test_pretraining_on_unlabelled_images_that_are_missing_is_refused():
 
 
 def test_evaluation_uses_the_draw_and_the_whole_test_set():
-    split = evaluation(dataset(), DataConfig(labels=10, draw=2))
+    split = evaluation(dataset(), LabelledData(labels=10, draw=2))
     chosen = label_draw(np.repeat(np.arange(5), 8), 10, 2)
     assert np.array_equal(numbers(split.train.images), chosen)
     assert np.array_equal(split.train.labels, chosen // 8)
@@ -98,7 +98,7 @@ def test_evaluation_uses_the_draw_and_the_whole_test_set():
 
 
 def test_validation_is_the_rest_of_the_train_images_and_never_test():
-    split = evaluation(dataset(), DataConfig(labels=15, evaluate_on="validation"))
+    split = evaluation(dataset(), LabelledData(labels=15, evaluate_on="validation"))
     used, held = numbers(split.train.images), numbers(split.test.images)
     assert len(used) == 15 and not set(used) & set(held)
     assert sorted([*used, *held]) == list(range(40))
@@ -108,26 +108,26 @@ def test_validation_is_the_rest_of_the_train_images_and_never_test():
 
 def test_validation_without_images_left_is_refused():
     with pytest.raises(UserError, match="--evaluate-on validation"):
-        evaluation(dataset(), DataConfig(labels=0, evaluate_on="validation"))
+        evaluation(dataset(), LabelledData(labels=0, evaluate_on="validation"))
 
 
 def test_a_fold_gives_exactly_its_images():
     folds = [np.array([5, 3, 17]), np.array([0, 39])]
-    split = evaluation(dataset(folds=folds), DataConfig(fold=1))
+    split = evaluation(dataset(folds=folds), LabelledData(fold=1))
     assert numbers(split.train.images).tolist() == [0, 39]
     assert split.train.labels.tolist() == [0, 4]
     with pytest.raises(UserError, match="--fold 1"):
-        evaluation(dataset(), DataConfig(fold=1))
+        evaluation(dataset(), LabelledData(fold=1))
 
 
 def test_fold_and_labels_exclude_each_other():
     with pytest.raises(UserError, match="--fold 0.*--labels"):
-        evaluation(dataset(folds=[np.arange(10)]), DataConfig(fold=0, labels=5))
+        evaluation(dataset(folds=[np.arange(10)]), LabelledData(fold=0, labels=5))
 
 
 def test_all_ten_folds():
-    assert [d.fold for d in each_fold(DataConfig(), True)] == list(range(10))
-    assert each_fold(DataConfig(fold=3), False) == [DataConfig(fold=3)]
+    assert [d.fold for d in each_fold(LabelledData(), True)] == list(range(10))
+    assert each_fold(LabelledData(fold=3), False) == [LabelledData(fold=3)]
 
 
 def test_folds_are_stratified_disjoint_and_all():
@@ -142,7 +142,7 @@ def test_folds_are_stratified_disjoint_and_all():
 
 
 def test_what_chooses_settings_sees_a_part_of_the_labels_and_no_test_image():
-    everything = evaluation(dataset(), DataConfig(labels=25, draw=1))
+    everything = evaluation(dataset(), LabelledData(labels=25, draw=1))
     part = everything.train.hold_out()
     used, held = numbers(part.train.images), numbers(part.test.images)
     assert (len(used), len(held)) == (20, 5)
@@ -154,12 +154,12 @@ def test_what_chooses_settings_sees_a_part_of_the_labels_and_no_test_image():
 
 def test_test_images_are_never_held_out_to_choose_on():
     with pytest.raises(ValueError, match="test images"):
-        evaluation(dataset(), DataConfig(labels=10)).test.hold_out()
+        evaluation(dataset(), LabelledData(labels=10)).test.hold_out()
 
 
 def test_one_image_of_a_class_leaves_nothing_to_choose_on():
     with pytest.raises(UserError, match="each class has one"):
-        evaluation(dataset(), DataConfig(labels=5)).train.hold_out()
+        evaluation(dataset(), LabelledData(labels=5)).train.hold_out()
 
 
 def test_evaluation_without_labels_is_refused():
@@ -167,7 +167,7 @@ def test_evaluation_without_labels_is_refused():
     bare = Dataset(None, None, images, None, None, [])
     assert len(bare.pretraining("train+unlabelled")[0]) == 4
     with pytest.raises(UserError, match="no labelled"):
-        evaluation(bare, DataConfig())
+        evaluation(bare, LabelledData())
 
 
 def test_sample_has_its_sizes_and_is_balanced():

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from core.options import RunConfig
-from data.datasets import DataConfig
+from data.datasets import LabelledData
 from data.labelled import Labelled, Split
 from eval.protocols import PROTOCOLS, of_head, over_folds, record
+from training.config import EvalRun
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,8 +18,8 @@ def split() -> Split:
 
 
 def test_a_record_holds_what_the_figure_rests_on():
-    data = DataConfig(dataset="sample", labels=30, draw=4, evaluate_on="validation")
-    config = SimpleNamespace(data=data, run=RunConfig(seed=6))
+    data = LabelledData(dataset="sample", labels=30, draw=4, evaluate_on="validation")
+    config = SimpleNamespace(data=data, run=EvalRun(seed=6))
     found = record("features-linear", "byol-linear", config, split(), 61.23456, chosen="L2 1")
     assert found == {
         "name": "byol-linear", "dataset": "sample", "protocol": "features-linear", "top1": 61.2346,
@@ -29,7 +29,7 @@ def test_a_record_holds_what_the_figure_rests_on():
 
 
 def test_an_unknown_protocol_is_no_result():
-    config = SimpleNamespace(data=DataConfig(), run=RunConfig())
+    config = SimpleNamespace(data=LabelledData(), run=EvalRun())
     with pytest.raises(KeyError):
         record("linear", "byol-linear", config, split(), 50.0)
 

@@ -13,8 +13,7 @@ import linear_eval
 import train_baseline
 import train_byol
 from core.errors import UserError
-from core.options import as_dict, differences, option, read_config
-from reproduce import spell
+from core.options import Config, as_dict, differences, make_config, option, parse
 from variants.barlow_twins import BarlowTwins
 from variants.dino import DINO
 from variants.moco_v3 import MoCoV3
@@ -50,15 +49,20 @@ def test_a_checkpoints_run_comes_before_the_recipe(tmp_path):
         a: int = option(1, "a")
         b: int = option(1, "b")
         c: int = option(1, "c")
+        d: int = option(1, "d")
+
+    @dataclass(kw_only=True)
+    class Settings(Config):
+        data: Section
 
     path = tmp_path / "recipe.toml"
     path.write_text("[data]\nb = 3\n")
-    config = read_config(
-        ["--recipe", str(path), "--ckpt", "x", "--c", "4"], {"data": Section},
-        inherit=lambda given: ({"data": {"a": 2, "b": 2, "c": 2}}, {}) if given.ckpt == "x" else 0,
-        extra=((("--ckpt",), {}),),
-    )  # fmt: skip
-    assert (config.data.a, config.data.b, config.data.c) == (2, 3, 4)
+    run, old = {"data": {"a": 2, "b": 2, "c": 2}}, {"data": {"a": 5, "d": 5}}
+    typed = parse(Settings, ["--recipe", str(path), "--c", "4"], "")
+    config = make_config(Settings, typed, run=run, recipe=old)
+    assert dataclasses.astuple(config.data) == (2, 3, 4, 1)
+    config = make_config(Settings, {}, run=run, recipe=old)  # no other recipe: the run's own
+    assert dataclasses.astuple(config.data) == (2, 2, 2, 5)
 
 
 def test_dotted_flags_and_lists():
@@ -198,12 +202,41 @@ def test_as_dict_is_a_recipe_of_the_same_settings(tmp_path):
     assert again == {**tables, "recipe": tables}
 
 
-def test_spell_gives_the_flags_again():
-    words = ["--lr", "0.5", "--view1.area", "0.25", "1.0", "--no-download", "--seed", "3",
+def test_what_was_typed_makes_the_settings_again():
+    words = ["--lr", "0.5", "--view1.area", "0.25", "1", "--no-download", "--seed", "3",
              "--no-byol.predictor"]  # fmt: skip
-    flags = train_byol.configure(words).flags
-    assert train_byol.configure(spell(flags)).flags == flags
-    assert spell(flags, hide=("seed", "area", "lr", "predictor")) == ["--no-download"]
+    config = train_byol.configure(words)
+    assert config.typed == {"optim.lr": 0.5, "view1.area": [0.25, 1.0], "data.download": False,
+                            "run.seed": 3, "byol.predictor": False}  # fmt: skip
+    assert train_byol.settings(config.typed) == config
+
+
+def test_options_of_other_commands_are_checked_and_have_no_flag(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[data]\nlabels = 10\n[run]\nonline_probe = true\n")
+    assert not hasattr(train_byol.configure(["--recipe", str(path)]).data, "labels")
+    config = train_baseline.configure(["--recipe", str(path)])
+    assert config.data.labels == 10 and not hasattr(config.run, "online_probe")
+    for script, flag in ((train_byol, "--labels"), (train_baseline, "--knn-every")):
+        with pytest.raises(UserError, match=f"unrecognized arguments: {flag}"):
+            script.configure([flag, "3"])
+    path.write_text("[data]\nlabels = -1\n")
+    with pytest.raises(UserError, match="labels = -1: must be at least 0"):
+        train_byol.configure(["--recipe", str(path)])
+
+
+@pytest.mark.parametrize("table, name, instead", [
+    ("optim", "max_steps", "use --steps"), ("run", "replicas_every", "compared at each save")
+])  # fmt: skip
+def test_who_sets_a_removed_option_is_told_what_to_do(tmp_path, table, name, instead):
+    flag = f"--{name.replace('_', '-')}"
+    for words in ([flag, "5"], [f"{flag}=5"]):
+        with pytest.raises(UserError, match=f"{flag}.* was removed: .*{instead}"):
+            train_byol.configure(words)
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"[{table}]\n{name} = 5\n")
+    with pytest.raises(UserError, match=f"no key {name}, which was removed: .*{instead}"):
+        train_byol.configure(["--recipe", str(path)])
 
 
 def test_differences_are_those_that_shape_the_run():
@@ -222,8 +255,6 @@ def test_the_steps_of_a_run():
 
     assert total("--epochs", "3") == 30
     assert total("--epochs", "3", "--steps", "7") == 7
-    assert total("--epochs", "3", "--max-steps", "20") == 20
-    assert total("--epochs", "3", "--max-steps", "40") == 30
 
 
 @pytest.mark.parametrize("name, epochs, lr, weight_decay, base_tau", [

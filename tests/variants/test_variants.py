@@ -12,7 +12,7 @@ from conftest import metrics, trained
 
 import linear_eval
 import train_byol
-from core.options import KNOWN_TABLES
+from core.options import TABLES
 from data import datasets
 from training.encoder import build_encoder, save_encoder
 from variants.barlow_twins import BarlowTwins
@@ -60,7 +60,7 @@ def test_two_processes_of_the_script_train_like_one(sample, recipe, tmp_path, va
 def test_its_file_and_its_table_have_its_name(variant):
     module = importlib.import_module(f"variants.{variant.name}")
     assert getattr(module, variant.__name__) is variant
-    assert variant.name not in KNOWN_TABLES
+    assert variant.name not in TABLES
     text = module.__doc__
     assert f"python -m variants.{variant.name}" in text and "arXiv" in text
 
