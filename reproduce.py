@@ -14,7 +14,6 @@ table reports take the place of the test images.
 """
 
 import dataclasses
-import functools
 import importlib
 import platform
 import shlex
@@ -212,18 +211,17 @@ def same_settings(path: Path, config: Config) -> None:
     write_json(path, settings)
 
 
-def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, extract) -> None:
+def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, build=None) -> None:
     """Rows on frozen features: {row name: linear | mlp | knn}, over all budgets and draws.
 
-    extract   function that computes them for a set of images; called only when a cell is missing
+    build   function that gives the encoder and its EvalTransform; raw pixels without one
     """
-    todo = [
-        (key, how)
-        for name, how in rows.items()
-        for key in table.missing(name, init, seed, table.draws)
-    ]
+    cells = [(k, h) for n, h in rows.items() for k in table.missing(n, init, seed, table.draws)]
+    if not cells:
+        return
+    extract = FrozenEncoder(*build(), table.processes) if build else pixels
     c, classes, features = table.config, len(table.data.class_names), Features(extract, table.data)
-    for key, how in todo:
+    for key, how in cells:
         split = table.split(key[2], key[3])
         x, y = features(split.train), features(split.test)
         begun, truth = time.perf_counter(), torch.from_numpy(split.test.labels)
@@ -231,29 +229,19 @@ def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, extrac
             top1 = knn_top1(x, torch.from_numpy(split.train.labels), y, truth)
         else:
             top1 = fit(how, x, split.train.labels, classes, c.linear, c.mlp, seed).top1(y, truth)
-        source = "pixels" if extract is pixels else "features"
-        protocol = of_head(how, c.linear.strength, source)
+        protocol = of_head(how, c.linear.strength, "features" if build else "pixels")
         table.add(key, top1, time.perf_counter() - begun, protocol, len(truth))
 
 
 def control_rows(table: Table, inits: list[str]) -> None:
     """Raw pixels, random encoders of the same shape, and untouched ImageNet features."""
-    frozen_rows(table, {"raw-pixels": "linear"}, "none", 0, pixels)
+    frozen_rows(table, {"raw-pixels": "linear"}, "none", 0)
     for seed in range(table.config.reproduce.seeds):
-        features = frozen(table, lambda seed=seed: starting_point(table, "random", seed))
-        frozen_rows(table, {"random-encoder": "linear"}, "none", seed, features)
+        build = partial(starting_point, table, "random", seed)
+        frozen_rows(table, {"random-encoder": "linear"}, "none", seed, build)
     if "imagenet" in inits:
-        features = frozen(table, lambda: starting_point(table, "imagenet", 0))
-        frozen_rows(table, {"imagenet-features": "linear"}, "imagenet", 0, features)
-
-
-def frozen(table: Table, build):
-    """A function of images to the features of an encoder, which is built when it is first called.
-
-    build   gives the encoder and its EvalTransform
-    """
-    encoder = functools.cache(lambda: FrozenEncoder(*build(), table.processes))
-    return lambda images: encoder()(images)
+        build = partial(starting_point, table, "imagenet", 0)
+        frozen_rows(table, {"imagenet-features": "linear"}, "imagenet", 0, build)
 
 
 def starting_point(table: Table, init: str, seed: int):
@@ -309,7 +297,7 @@ def run(config: Config, processes) -> dict:
         for seed in range(r.seeds):
             folders.append(pretrain(table, method, init, seed, f"{m}-{init}-seed{seed}"))
             rows = {f"{m}-knn": "knn", f"{m}-linear": "linear", f"{m}-mlp": "mlp"}
-            frozen_rows(table, rows, init, seed, frozen(table, partial(load, folders[-1])))
+            frozen_rows(table, rows, init, seed, partial(load, folders[-1]))
             more = {"ckpt": str(folders[-1])}
             trained_rows(table, f"{m}-finetune", init, seed, finetune, more)
     rows, claims = table.cells.rows(), table.cells.claims(m)
@@ -329,7 +317,7 @@ def compare(table: Table, methods: list[type]) -> dict:
         for seed in range(table.config.reproduce.seeds):
             folder = pretrain(table, method, "random", seed, f"{method.name}-seed{seed}")
             rows = {f"{method.name}-linear": "linear", f"{method.name}-knn": "knn"}
-            frozen_rows(table, rows, "random", seed, frozen(table, partial(load, folder)))
+            frozen_rows(table, rows, "random", seed, partial(load, folder))
             rates += [
                 row["images_per_second"] for row in read_metrics(folder / "metrics.jsonl")[1:]
             ]

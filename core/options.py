@@ -127,15 +127,15 @@ def tables_of(config_class: type[Config]) -> dict[str, type]:
     return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 
 
-def _accepted(name: str, table: type) -> dict[str, Option]:
+def _accepted(name: str, table) -> dict[str, Option]:
     """The options that a table may hold in a recipe.
 
     Commands share [data], [encoder] and [run], and each takes a class of its own for them: the
     options of all these classes are accepted, and checked.
     """
     if name not in PLAIN:
-        return options_of(table)
-    root = [kind for kind in table.__mro__ if dataclasses.is_dataclass(kind)][-1]
+        return options_of(type(table))
+    root = [kind for kind in type(table).__mro__ if dataclasses.is_dataclass(kind)][-1]
     family, accepted = [root], {}
     for kind in family:  # grows as it goes
         family += kind.__subclasses__()
@@ -187,48 +187,54 @@ def make_config(
     recipe   tables of the recipe of --ckpt, which hold where --recipe names no other one
     Raises UserError for anything unknown or out of range.
     """
-    tables = tables_of(config_class)
+    tables = {name: table() for name, table in tables_of(config_class).items()}
     if unknown := [name for name in config_class.defaults if name not in tables]:
         raise UserError(f"defaults: unknown table {unknown[0]}" + _hint(unknown[0], tables))
-    accepted = {name: _accepted(name, table) for name, table in tables.items()}
-    accepted[""] = options_of(config_class)
-    values = {name: dataclasses.asdict(table()) for name, table in tables.items()} | {"": {}}
-    lay = functools.partial(_lay, values, accepted, config_class.own)
+    lay = functools.partial(_lay, tables, config_class.own)
     lay(config_class.defaults, "defaults")
-    recipe, file = recipe or {}, typed.get("recipe")
-    if file:
-        lay(run or {}, "the run of --ckpt")
-        recipe = read_recipe(file, tables)
+    recipe, source, run = recipe or {}, OLD_RECIPE, run or {}
+    if file := typed.get("recipe"):
+        lay(run, "the run of --ckpt")
+        recipe, source, run = read_recipe(file, tables), f"--recipe {file}", {}
     shared = {name: table for name, table in recipe.items() if name not in config_class.ignored}
-    lay(shared, f"--recipe {file}" if file else OLD_RECIPE)
-    if not file:
-        lay(run or {}, "the run of --ckpt")
+    lay(shared, source)
+    lay(run, "the run of --ckpt")
+    flags = {}
     for key, value in typed.items():
-        table, _, name = key.rpartition(".")
-        values[table][name] = accepted[table][name].check(value, flag_of(key))
-    made = {n: t(**{k: values[n][k] for k in options_of(t)}) for n, t in tables.items()}
-    for name, table in made.items():
+        name, _, option = key.rpartition(".")
+        if name:
+            _set(tables, name, option, value, flag_of(key))
+        else:
+            flags[key] = options_of(config_class)[key].check(value, flag_of(key))
+    for name, table in tables.items():
         if hasattr(table, "check"):
             table.check(name)
-    return config_class(**made, **values[""], recipe_tables=recipe, typed=typed)
+    return config_class(**tables, **flags, recipe_tables=recipe, typed=typed)
 
 
-def _lay(values: dict, accepted: dict, own: str, tables: dict, source: str) -> None:
-    """Lay tables over the values; the method's own comes last, and may set keys of [optim]."""
-    for name in sorted(tables, key=lambda name: name == own):
-        if name not in values:
+def _lay(tables: dict, own: str, values: dict, source: str) -> None:
+    """Set what `values` hold, table by table; the method's own comes last, for [optim] too."""
+    for name in sorted(values, key=lambda name: name == own):
+        if name not in tables:
             continue
-        if not isinstance(tables[name], dict):
+        if not isinstance(values[name], dict):
             raise UserError(f"{source}: {name} must be a table, [{name}]")
-        for key, value in tables[name].items():
+        for key, value in values[name].items():
             if key in REMOVED and source == OLD_RECIPE:
                 continue
-            shared = name == own and key not in accepted[name] and key in accepted["optim"]
-            home = "optim" if shared else name
-            if key not in accepted[home]:
-                hint = _hint(key, accepted[home])
-                raise UserError(f"{source}: [{name}] has no key {key}" + hint)
-            values[home][key] = accepted[home][key].check(value, f"{source}: [{name}] {key}")
+            accepted, home = _accepted(name, tables[name]), name
+            if name == own and key not in accepted:
+                accepted, home = accepted | _accepted("optim", tables["optim"]), "optim"
+            if key not in accepted:
+                raise UserError(f"{source}: [{name}] has no key {key}" + _hint(key, accepted))
+            _set(tables, home, key, value, f"{source}: [{name}] {key}")
+
+
+def _set(tables: dict, name: str, key: str, value, label: str) -> None:
+    """Check one value and set it; an option of another command is checked alone."""
+    value = _accepted(name, tables[name])[key].check(value, label)
+    if key in options_of(type(tables[name])):
+        setattr(tables[name], key, value)
 
 
 class Parser(argparse.ArgumentParser):
