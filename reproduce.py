@@ -41,9 +41,8 @@ from eval import supervised
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.frozen import Features, FrozenEncoder, pixels
 from eval.knn import knn_top1
-from eval.methods import CONTROLS, method_rows, methods_markdown
 from eval.protocols import of_head
-from eval.table import Cells, markdown
+from eval.table import CONTROLS, Cells, markdown, method_rows, methods_markdown
 from eval.trained import load
 from training import distributed
 from training.command import execute

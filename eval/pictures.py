@@ -1,6 +1,7 @@
-"""Pictures of results: accuracy against labels, what pretraining looked like, methods compared."""
+"""Figures: accuracy of rows and methods, pretraining curves, confusion, a map of features."""
 
 import contextlib
+import math
 import os
 import warnings
 from pathlib import Path
@@ -8,21 +9,41 @@ from pathlib import Path
 import numpy as np
 
 from data.decode import SOFTWARE
-from eval.table import plain
+from eval.table import KINDS, plain
 
-os.environ.pop("MPLBACKEND", None)  # matplotlib's import fails where it isn't installed
+os.environ.pop("MPLBACKEND", None)  # matplotlib's import fails on a backend that isn't installed
 import matplotlib.style
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-DARK = Path(matplotlib.get_data_path(), "stylelib/dark_background.mplstyle")
-STYLE = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}
+STYLE = {
+    "text.parse_math": False,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "errorbar.capsize": 3,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+CURVES = {
+    "loss": "loss",
+    "lr": "learning rate",
+    "tau": "tau",
+    "knn_top1": "k-NN top-1, %",
+    "std/representation": "std per dimension, representation",
+    "rank/representation": "effective rank, representation",
+    "std/projection": "std per dimension, projection",
+    "rank/projection": "effective rank, projection",
+}
 
 
 @contextlib.contextmanager
 def own_style(dark: bool = False):
-    """Draw with STYLE and matplotlib's defaults or dark style, whatever the user's settings."""
-    with matplotlib.style.context(["default", *[DARK] * dark, STYLE]), warnings.catch_warnings():
+    """Draw with STYLE on matplotlib's default or dark style, whatever the user's settings."""
+    styles = ["default", "dark_background", STYLE] if dark else ["default", STYLE]
+    with matplotlib.style.context(styles), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
         yield
 
@@ -33,165 +54,105 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=144, format="png", metadata={"Software": SOFTWARE})
 
 
+def label(name: str) -> str:
+    """A name that fits beside a figure; legends leave out what begins with an underscore."""
+    name = plain(name, 40)
+    return f" {name}" if name.startswith("_") else name
+
+
 @own_style()
 def accuracy_figure(rows: list[dict], title: str = "") -> Figure:
-    """Accuracy against labels with error bars, all rows of a results table."""
-    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
-    names = list(dict.fromkeys((r["name"], r["init"]) for r in rows))
-    several = len({init for _, init in names if init != "none"}) > 1
-    ends = []
-    for i, (name, init) in enumerate(names):
-        mine = sorted(
-            (r for r in rows if (r["name"], r["init"]) == (name, init)), key=lambda r: r["labels"]
-        )
-        # a small sideways shift keeps error bars apart
-        x = [r["labels"] * 1.015 ** (i - len(names) / 2) for r in mine]
-        y, error = [r["top1_mean"] for r in mine], [r["top1_std"] or 0 for r in mine]
-        label = f"{name} ({init})" if several and init != "none" else name
-        control = name in ("raw-pixels", "random-encoder", "imagenet-features", "baseline")
-        style = dict(capsize=3, marker="o", ms=4, lw=1.6, ls="--" if control else "-")
-        line = axes.errorbar(x, y, error, color=f"C{i}", **style)
-        ends.append([y[-1], x[-1], plain(label, 60), line[0].get_color()])
-    _spread(ends, gap=(axes.get_ylim()[1] - axes.get_ylim()[0]) / 26)
-    right = max(r["labels"] for r in rows)
-    for y, _, label, colour in ends:
-        axes.text(right * 1.12, y, label, color=colour, va="center", fontsize=9)
-    axes.set_xscale("log")
-    budgets = sorted({r["labels"] for r in rows})
-    axes.set_xticks(budgets, [f"{b:,}" for b in budgets])
-    axes.minorticks_off()
-    axes.set_xlim(right=right * (1.9 if len(budgets) == 1 else (right / budgets[0]) ** 0.45 * 1.1))
-    axes.set_xlabel("labelled images")
-    axes.set_ylabel("top-1, %")
-    axes.set_title(plain(title, 80))
-    axes.grid(axis="y", alpha=0.3)
-    return axes.figure
+    """Top-1 of the rows of a results table, a panel for each label budget."""
+    points = []
+    for row in rows:
+        name = row["name"] if row["init"] == "none" else f"{row['name']} ({row['init']})"
+        point = {"name": name, "kind": "", "labels": row["labels"]}
+        points.append(point | {"top1": row["top1_mean"], "std": row["top1_std"]})
+    return _dots(points, title)
 
 
-def _spread(ends: list[list], gap: float) -> None:
-    """Move labels that stand at the line ends apart, upwards from the lowest."""
-    ends.sort()
-    for below, above in zip(ends, ends[1:], strict=False):
-        above[0] = max(above[0], below[0] + gap)
+@own_style()
+def methods_figure(rows: list[dict]) -> Figure:
+    """Linear and k-NN top-1 of a table of methods, a panel for each label budget."""
+    return _dots(rows, "")
 
 
-CURVES = {
-    "loss": ("loss",),
-    "learning rate": ("lr",),
-    "tau": ("tau",),
-    "k-NN top-1, %": ("knn_top1",),
-    "std per dimension": ("std/representation", "std/projection"),
-    "effective rank": ("rank/representation", "rank/projection"),
-}
+def _dots(rows: list[dict], title: str) -> Figure:
+    """A dot with an error bar for each {name, kind, labels, top1, std}; the best name is on top."""
+    budgets, kinds = sorted({row["labels"] for row in rows}), sorted({row["kind"] for row in rows})
+    top1 = {}
+    for row in sorted(rows, key=lambda row: (row["labels"], row["kind"])):
+        top1[row["name"]] = row["top1"]  # the last one counts: linear, at the largest budget
+    names = sorted(top1, key=top1.get)
+    figure = Figure(figsize=(2 + 3 * len(budgets), 1.5 + 0.3 * len(names)))
+    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    for axes, labels in zip(panels, budgets, strict=True):
+        for i, kind in enumerate(kinds):
+            group = [row for row in rows if (row["kind"], row["labels"]) == (kind, labels)]
+            x, error = [row["top1"] for row in group], [row["std"] or 0 for row in group]
+            y = [names.index(row["name"]) + 0.2 * i for row in group]
+            axes.errorbar(x, y, xerr=error, fmt="os"[i], label=KINDS.get(kind))
+        axes.set_yticks(range(len(names)), [label(name) for name in names])
+        axes.set_xlabel("top-1, %")
+        axes.set_title(f"{labels:,} labels")
+    figure.suptitle(plain(title, 80))
+    if len(kinds) > 1:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    return figure
 
 
 @own_style()
 def curves_figure(runs: dict[str, list[dict]]) -> Figure:
     """Those of CURVES that were logged, over the steps; `runs` are rows of metrics by name."""
     logged = {key for rows in runs.values() for row in rows for key in row}
-    shown = {title: keys for title, keys in CURVES.items() if logged & set(keys)}
-    down = -(-len(shown) // 3)
-    figure = Figure(figsize=(11, 3 * down), layout="constrained")
-    panels = figure.subplots(down, 3, squeeze=False)
-    for axes in panels.flat[len(shown) :]:
-        axes.set_axis_off()
-    for axes, (title, keys) in zip(panels.flat, shown.items(), strict=False):
-        for number, rows in enumerate(runs.values()):
-            for key, style in zip(keys, ("-", "--"), strict=False):
-                points = [(r["step"] + 1, r[key]) for r in rows if key in r]
-                steps, values = zip(*points, strict=True) if points else ((), ())
-                axes.plot(steps, values, style, color=f"C{number}", lw=1.4)
-        if len(keys) > 1:
-            handles = [Line2D([], [], color="grey", ls=style) for style in ("-", "--")]
-            axes.legend(handles, [k.split("/")[1] for k in keys], frameon=False, fontsize=8)
-        axes.set_title(title, fontsize=10)
+    shown = [key for key in CURVES if key in logged]
+    down = math.ceil(len(shown) / 3)
+    figure = Figure(figsize=(11, 3 * down))
+    for number, key in enumerate(shown, 1):
+        axes = figure.add_subplot(down, 3, number)
+        for name, rows in runs.items():
+            rows = [row for row in rows if key in row]
+            steps, values = [row["step"] + 1 for row in rows], [row[key] for row in rows]
+            axes.plot(steps, values, label=label(name))
+        axes.set_title(CURVES[key])
         axes.set_xlabel("step")
-        axes.grid(axis="y", alpha=0.3)
-    if len(runs) > 1:
-        handles = [Line2D([], [], color=f"C{i}") for i in range(len(runs))]
-        runs = [plain(run, 60) for run in runs]
-        figure.legend(handles, runs, loc="outside lower center", frameon=False, fontsize=8, ncols=3)
-    return figure
-
-
-@own_style()
-def methods_figure(rows: list[dict]) -> Figure:
-    """Methods under one budget, best on top, a panel for each label budget; controls as lines.
-
-    rows   {name, kind: linear | knn, labels, top1, std}; those without k-NN figures are controls
-    """
-    budgets = sorted({r["labels"] for r in rows})
-    methods = {r["name"] for r in rows if r["kind"] == "knn"}
-    best = {
-        r["name"]: r["top1"] for r in rows if r["kind"] == "linear" and r["labels"] == budgets[-1]
-    }
-    order = sorted(methods, key=best.get)
-    figure = Figure(figsize=(4.6 * len(budgets), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)
-    for axes, labels in zip(panels[0], budgets, strict=True):
-        for kind, marker, shift in (("linear", "o", 0.12), ("knn", "s", -0.12)):
-            mine = {r["name"]: r for r in rows if (r["kind"], r["labels"]) == (kind, labels)}
-            x, error = [mine[n]["top1"] for n in order], [mine[n]["std"] or 0 for n in order]
-            y = [place + shift for place in range(len(order))]
-            label = "k-NN" if kind == "knn" else kind
-            axes.errorbar(x, y, xerr=error, fmt=marker, ms=5, capsize=3, label=label)
-        for r in rows:
-            if r["name"] not in methods and r["labels"] == labels:
-                axes.axvline(r["top1"], color="grey", ls="--", lw=1)
-                style = dict(rotation=90, ha="right", va="top", fontsize=8, color="grey")
-                axes.text(r["top1"], len(order) - 0.5, f"{plain(r['name'], 32)} ", **style)
-        axes.set_yticks(range(len(order)), [plain(name, 32) for name in order])
-        axes.set_ylim(-0.5, len(order) - 0.4)
-        axes.set_xlabel("top-1, %")
-        axes.set_title(f"{labels:,} labels", fontsize=10)
-        axes.grid(axis="x", alpha=0.3)
-    panels[0][0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
 @own_style()
 def confusion_figure(truth, guess, names: list[str]) -> Figure:
-    """Confusion in percent of each true class, and each class's accuracy; integer arrays (N,).
+    """Confusion in percent of each true class, among the 25 classes with the lowest accuracy.
 
-    More than 25 classes go without names and numbers; the bars are then the worst ones'.
+    truth, guess   class numbers, integers (N,)
     """
-    names = [plain(name, 32) for name in names]
     counts = np.zeros((len(names), len(names)))
     np.add.at(counts, (truth, guess), 1)
-    share, few = 100 * counts / counts.sum(1, keepdims=True).clip(1), len(names) <= 25
-    side = min(9.0, max(4.0, 0.42 * len(names) + 1.5))
-    left, right = Figure(figsize=(2 * side, side), layout="constrained").subplots(1, 2)
-    left.spines[:].set_visible(True)
-    left.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    for row, column in zip(*np.nonzero(share >= 0.5), strict=True) if few else ():
-        colour = "white" if share[row, column] > 55 else "black"
-        text = f"{share[row, column]:.0f}"
-        left.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-    ticks = range(len(names)) if few else ()
-    left.set_xticks(ticks, [names[i] for i in ticks], rotation=45, ha="right")
-    left.set_yticks(ticks, [names[i] for i in ticks])
-    left.set_xlabel("predicted")
-    left.set_ylabel("true")
-    shown = ticks if few else np.argsort(share.diagonal(), kind="stable")[:25]
-    right.barh(range(len(shown)), share.diagonal()[shown], color="C0")
-    right.set_yticks(range(len(shown)), [names[i] for i in shown])
-    right.invert_yaxis()
-    right.set_xlim(0, 100)
-    right.set_xlabel("accuracy of the class, %" + " (the 25 worst)" * (not few))
-    right.grid(axis="x", alpha=0.3)
-    return right.figure
+    share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    shown = np.sort(np.argsort(share.diagonal(), kind="stable")[:25])
+    share, names = share[shown][:, shown], [label(names[i]) for i in shown]
+    axes = Figure(figsize=(8, 7)).subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    for row, column in zip(*np.nonzero(share >= 0.5), strict=True):
+        color = "white" if share[row, column] > 55 else "black"
+        style = dict(ha="center", va="center", fontsize=8, color=color)
+        axes.text(column, row, f"{share[row, column]:.0f}", **style)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.grid(False)
+    return axes.figure
 
 
 @own_style()
 def map_figure(points, labels, names: list[str]) -> Figure:
-    """Points (N, 2) coloured by class; the legend ends at 20 classes."""
-    axes = Figure(figsize=(8, 6), layout="constrained").subplots()
-    colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "turbo"].resampled(len(names))
+    """Points (N, 2) colored by class; more than 20 classes have no legend."""
+    axes = Figure(figsize=(8, 6)).subplots()
+    colors = matplotlib.colormaps["tab10" if len(names) <= 10 else "turbo"].resampled(len(names))
     for number, name in enumerate(names):
-        mine = points[labels == number]
-        axes.scatter(mine[:, 0], mine[:, 1], s=7, color=colours(number), label=plain(name, 32))
+        x, y = points[labels == number].T
+        axes.scatter(x, y, s=7, color=colors(number), label=label(name))
     if len(names) <= 20:
-        place = dict(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
-        axes.legend(frameon=False, fontsize=8, **place)
+        axes.figure.legend(loc="outside right center", markerscale=2)
     axes.set_axis_off()
     return axes.figure

@@ -1,71 +1,56 @@
-"""What each protocol is, in one table; every result carries the name of its own."""
+"""The evaluation protocols in words, and result records, each of which names its protocol."""
 
 from statistics import mean, stdev
-from typing import NamedTuple
 
-
-class Protocol(NamedTuple):
-    """What is measured is always top-1 on the evaluation frame of images that chose nothing.
-
-    features   what the classifier sees while it learns
-    solver     what fits it
-    chosen     what is chosen, and on which images
-    """
-
-    features: str
-    solver: str
-    chosen: str
-
-
-CACHED = "frozen encoder in eval mode, float32, computed once, standardised by the training images"
-CROPPED = "frozen encoder in eval mode, float32, on random crops and flips"
+FROZEN = "frozen encoder in eval mode, float32"
+CACHED = f"{FROZEN}, computed once, standardized by the training images"
 TOGETHER = "crops or shifts, and flips; encoder trained together with a linear layer"
+PIXELS = "raw pixels, at most 32 high"
 LOGISTIC = "logistic regression by L-BFGS, free intercept"
-STRENGTH = "L2 strength, by the loss of cross-validation inside the training labels"
-NOTHING = "nothing; settings stand in the recipe"
+STRENGTH = "chosen: L2 strength, by the loss of cross-validation inside the training labels"
+NOTHING = "chosen: nothing; settings stand in the recipe"
 FIFTH = "by top-1 on a held-out fifth of the training labels; then all of them train"
 
+# What the classifier sees while it learns; what fits it; what is chosen, and on which images.
+# The metric is always top-1 on the evaluation frame of images that were not used for selection.
 PROTOCOLS = {
-    "pixels": Protocol("raw pixels, at most 32 high", LOGISTIC, STRENGTH),
-    "pixels-fixed": Protocol("raw pixels, at most 32 high", LOGISTIC, NOTHING),
-    "features-linear": Protocol(CACHED, LOGISTIC, STRENGTH),
-    "features-linear-fixed": Protocol(CACHED, LOGISTIC, NOTHING),
-    "features-mlp": Protocol(CACHED, "one hidden layer with batch norm, AdamW", NOTHING),
-    "features-knn": Protocol(
-        "frozen encoder in eval mode, float32",
-        "vote of the 20 nearest by cosine (of all, if fewer), weighted by exp(cosine / 0.07)",
-        "nothing",
-    ),
-    "augmented-linear": Protocol(
-        CROPPED,
-        "linear layer, SGD with Nesterov momentum .9, cosine rate, no weight decay",
-        f"rate per 256 images, {FIFTH}",
-    ),
-    "network": Protocol(TOGETHER, "the recipe's optimizer and steps", NOTHING),
-    "network-sweep": Protocol(
-        TOGETHER, "the recipe's optimizer", f"rate per 256 images x epochs, {FIFTH}"
-    ),
+    "pixels": f"{PIXELS}; {LOGISTIC}; {STRENGTH}",
+    "pixels-fixed": f"{PIXELS}; {LOGISTIC}; {NOTHING}",
+    "features-linear": f"{CACHED}; {LOGISTIC}; {STRENGTH}",
+    "features-linear-fixed": f"{CACHED}; {LOGISTIC}; {NOTHING}",
+    "features-mlp": f"{CACHED}; one hidden layer with batch norm, AdamW; {NOTHING}",
+    "features-knn": f"{FROZEN}; vote of the 20 nearest by cosine (of all, if fewer), weighted by "
+    "exp(cosine / 0.07); chosen: nothing",
+    "augmented-linear": f"{FROZEN}, on random crops and flips; linear layer, SGD with Nesterov "
+    f"momentum .9, cosine rate, no weight decay; chosen: rate per 256 images, {FIFTH}",
+    "network": f"{TOGETHER}; the recipe's optimizer and steps; {NOTHING}",
+    "network-sweep": f"{TOGETHER}; the recipe's optimizer; chosen: rate per 256 images x epochs, "
+    f"{FIFTH}",
 }
+
+PER_FOLD = ("fold", "top1", "chosen", "trials", "lr", "steps", "complete")
 
 
 def of_head(head: str, strength: float, features: str = "features") -> str:
-    """The protocol's name; `features` are cached features, augmented or pixels.
+    """The name of the protocol of a classifier on frozen features.
 
-    strength   [linear]'s, 0 where it is chosen
+    head       linear, mlp or knn
+    strength   [linear] strength; 0 where it is chosen by cross-validation
+    features   "features" (computed once), "augmented" or "pixels"
     """
-    name = features if features == "pixels" else f"{features}-{head}"
-    chosen_here = head == "linear" and features != "augmented"  # the strength, unless it is fixed
-    return name + "-fixed" * (chosen_here and strength > 0)
+    name = "pixels" if features == "pixels" else f"{features}-{head}"
+    fixed = head == "linear" and features != "augmented" and strength > 0
+    return f"{name}-fixed" if fixed else name
 
 
 def record(protocol: str, name: str, config, split, top1: float, **more) -> dict:
-    """What result.json says: the figure, its protocol, and exactly which images it rests on.
+    """The content of result.json: top-1, its protocol, and exactly which images it rests on.
 
     config   with the sections data and run
-    split    what was learned from and measured on, a datasets.Split
+    split    data.labelled.Split: the images trained on and the images measured on
     """
+    PROTOCOLS[protocol]  # KeyError for a protocol that is not described
     data = config.data
-    PROTOCOLS[protocol]  # KeyError for one that no table explains
     return {
         "name": name,
         "dataset": data.dataset,
@@ -82,17 +67,18 @@ def record(protocol: str, name: str, config, split, top1: float, **more) -> dict
 
 
 def over_folds(results: list[dict]) -> dict:
-    """One result of several that differ in the fold: the mean, and the spread over folds."""
-    figures = [r["top1"] for r in results]
-    own = ("fold", "top1", "chosen", "trials", "lr", "steps", "complete")  # each fold's
-    kinds = [k for k in results[0] if k.endswith("nn")]  # of nearest neighbours
+    """One result from the results of all folds: mean and standard deviation of top-1."""
+    top1 = [r["top1"] for r in results]
+    shared = {k: v for k, v in results[0].items() if k not in PER_FOLD}
+    for key in shared:
+        if key.endswith("nn"):  # top-1 of other k-NN classifiers, such as cosine_200nn
+            shared[key] = round(mean(r[key] for r in results), 4)
     return {
-        **{k: v for k, v in results[0].items() if k not in own},
-        **{k: round(mean(r[k] for r in results), 4) for k in kinds},
-        "top1": round(mean(figures), 4),
-        "top1_std": round(stdev(figures), 4),
+        **shared,
+        "top1": round(mean(top1), 4),
+        "top1_std": round(stdev(top1), 4),
         "fold": "all",
-        "folds": figures,
+        "folds": top1,
         "chosen_in_folds": [r.get("chosen", r.get("lr")) for r in results],
         "seconds": round(sum(r.get("seconds", 0) for r in results), 1),
     }

@@ -13,13 +13,13 @@ import functools
 import io
 import json
 import shlex
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from jinja2 import Environment
 from markdown import Markdown
+from markdown.util import Registry
 from markupsafe import Markup
 from PIL import Image
 from torch.nn.functional import normalize
@@ -31,7 +31,7 @@ from data import datasets
 from data.labelled import evaluation
 from eval.classifiers import fit_linear
 from eval.pictures import accuracy_figure, confusion_figure, curves_figure, map_figure, own_style
-from eval.table import Cells, markdown
+from eval.table import Cells
 from eval.trained import frozen_of, tables_of
 from training.run_folder import read_metrics
 from training.weights import read_weights
@@ -40,69 +40,35 @@ QUERIES, NEIGHBOURS, MISTAKES, MAPPED, TILE = 8, 6, 24, 1000, 144
 MARKS = {"query": "", "right": "✓ ", "wrong": "✗ "}  # color alone does not tell everyone
 
 
-@dataclass
-class Runs:
-    """What was found: tables as Markdown, their rows, pretraining runs, what is measured on."""
+def results_in(folder: Path) -> dict[Path, dict]:
+    """result.json of the finished runs: `folder`, and the folders in it unless it is an evaluation.
 
-    tables: list[str] = field(default_factory=list)
-    rows: list[dict] = field(default_factory=list)
-    pretraining: list[Path] = field(default_factory=list)
-    measured: dict = field(default_factory=lambda: {"evaluate_on": "test", "draw": 0})
-
-
-def find(folders: list[Path]) -> Runs:
-    """UserError where no folder holds a finished run."""
-    found, scripts = Runs(), {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; name a run, or a folder of reproduce.py")
-        files = [folder / "result.json", *sorted(folder.glob("*/result.json"))]
-        results = {p.parent: read_json(p) for p in files if p.exists()}
-        if "top1" in results.get(folder, {}):  # folds and sweeps inside are parts of it
-            results = {folder: results[folder]}
-        found.pretraining += [f for f, r in results.items() if "top1" not in r]
-        if (folder / "results.json").exists():
-            found.tables.append((folder / "results.md").read_text("utf-8", "replace"))
-            found.rows += json.loads((folder / "results.json").read_bytes())
-            settings = read_json(folder / "settings.json")
-            on = settings["recipe"].get("data", {}).get("evaluate_on", "test")
-            found.measured["evaluate_on"] = settings["flags"].get("data.evaluate_on", on)
-            cells = Cells(folder / "cells.jsonl", False).cells.values()
-            found.measured["draw"] = min(cell["draw"] for cell in cells)
-        else:
-            scripts |= {f: r for f, r in results.items() if "top1" in r}
-    if scripts:
-        rows = [_row(f, r, scripts) for f, r in scripts.items()]
-        found.rows += rows
-        notes = [line for f in scripts for line in (f"`{_command(f)}`", "")]
-        found.tables.append(markdown(rows, [], "Runs", notes))
-        last = max(scripts.values(), key=lambda result: result["labels"])
-        found.measured = {"evaluate_on": last["measured_on"], "draw": last["draw"]}
-    if not (found.rows or found.pretraining):
-        raise UserError(f"{' '.join(map(str, folders))}: no finished run there")
-    return found
+    The folders in an evaluation are parts of it: folds or trials.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name a run, or a folder of reproduce.py")
+    paths = [folder / "result.json", *sorted(folder.glob("*/result.json"))]
+    results = {path.parent: read_json(path) for path in paths if path.exists()}
+    own = results.get(folder, {})
+    return {folder: own} if "top1" in own else results
 
 
-def _row(folder: Path, result: dict, others: dict) -> dict:
-    """A script's result.json as a row of the table; the folder tells apart what has one name."""
-    row = {k: result[k] for k in ("name", "labels", "protocol", "seconds", "test_images")}
-    row |= {"init": read_json(folder / "config.json")["config"]["encoder"]["init"], "draws": 1}
-    row |= {"top1_mean": result["top1"], "top1_std": result.get("top1_std"), "pretrain_seeds": 1}
-    if sum((r["name"], r["labels"]) == (row["name"], row["labels"]) for r in others.values()) > 1:
-        row["name"] += f" {folder}"
-    return row
-
-
-def _command(folder: Path) -> str:
-    """What was typed, as far as config.json tells."""
-    script, *words = read_json(folder / "config.json")["command"]
-    path = Path(script)
-    start = f"-m variants.{path.stem}" if path.parent.name == "variants" else path.name
-    return f"python {start} {shlex.join(words)}"
+def labelled_images(table: Path) -> dict:
+    """The images that a table of reproduce.py is about, as arguments of `Features`."""
+    settings = read_json(table / "settings.json")
+    on = settings["recipe"].get("data", {}).get("evaluate_on", "test")
+    on = settings["flags"].get("data.evaluate_on", on)
+    cells = Cells(table / "cells.jsonl", False).cells.values()
+    most, first = max(cell["labels"] for cell in cells), min(cell["draw"] for cell in cells)
+    return {"labels": most, "evaluate_on": on, "draw": first}
 
 
 class Features:
-    """A pretraining run on its own data: test features, a linear classifier on train features."""
+    """A pretraining run on its own data: test features, a linear classifier on train features.
+
+    known, features      of the labelled train images and of the test images
+    guess, probability   predicted class of each test image, and the probability of each class
+    """
 
     def __init__(self, run: Path, labels: int, evaluate_on: str = "test", draw: int = 0) -> None:
         weights = read_weights(run)
@@ -111,71 +77,63 @@ class Features:
         config = datasets.LabelledData(**shared["data"], **own)
         split = evaluation(datasets.load(config), config)
         frozen = frozen_of(weights, str(run), "auto")
-        self.names, self.train, self.test = split.test.class_names, split.train, split.test
-        self.known, self.features = frozen(split.train.images), frozen(split.test.images)
+        self.train, self.test, self.names = split.train, split.test, split.test.class_names
+        self.known, self.features = frozen(self.train.images), frozen(self.test.images)
         strength = recipe.get("linear", {}).get("strength", 0.0)
-        known = torch.from_numpy(split.train.labels)
-        self.classifier = fit_linear(self.known, known, len(self.names), strength)
-        self.probability = torch.softmax(self.classifier(self.features).double(), 1)
-        self.guess, self.truth = self.probability.argmax(1).numpy(), split.test.labels
+        targets = torch.from_numpy(self.train.labels)
+        classifier = fit_linear(self.known, targets, len(self.names), strength)
+        self.probability = torch.softmax(classifier(self.features).double(), 1).numpy()
+        self.guess, self.truth = self.probability.argmax(1), self.test.labels
         top1 = 100 * (self.guess == self.truth).mean()
-        self.text = f"{run}: linear classifier on frozen features, {len(split.train):,} labels, "
+        self.text = f"{run}: linear classifier on frozen features, {len(self.train):,} labels, "
         self.text += f"draw {draw}: {top1:.2f} % of {len(self.test):,} {evaluate_on} images."
 
     def confusion(self) -> dict:
         """The confusion matrix."""
-        text = f"{self.text} Percent of each true class; below 0.5 left empty."
+        text = f"{self.text} Percent of each true class, where it is at least 0.5; of more than 25 "
+        text += "classes those with the lowest accuracy."
         return picture(confusion_figure, text, self.truth, self.guess, self.names)
 
     def neighbours(self) -> list[list[dict]]:
         """Test images, each followed by the labelled train images nearest to it."""
         count = min(QUERIES, len(self.test))
-        chosen = np.random.default_rng(0).choice(len(self.test), count, replace=False)
-        near = normalize(self.features[chosen], dim=1) @ normalize(self.known, dim=1).T
-        nearest = near.topk(min(NEIGHBOURS, len(self.known)), dim=1).indices.numpy()
+        queries = np.random.default_rng(0).choice(len(self.test), count, replace=False)
+        cosine = normalize(self.features[queries], dim=1) @ normalize(self.known, dim=1).T
+        nearest = cosine.topk(min(NEIGHBOURS, len(self.known)), dim=1).indices.numpy()
         rows = []
-        for query, index in zip(chosen, nearest, strict=True):
-            label, labels = self.truth[query], self.train.labels
-            tiles = [tile(self.test.images, query, self.names[label], "query")]
-            for i in index:
-                kind = "right" if labels[i] == label else "wrong"
-                tiles.append(tile(self.train.images, i, self.names[labels[i]], kind))
+        for query, neighbours in zip(queries, nearest, strict=True):
+            truth = self.truth[query]
+            tiles = [tile(self.test.images, query, self.names[truth], "query")]
+            for i in neighbours:
+                label = self.train.labels[i]
+                kind = "right" if label == truth else "wrong"
+                tiles.append(tile(self.train.images, i, self.names[label], kind))
             rows.append(tiles)
         return rows
 
-    def map(self) -> dict | None:
-        """Features of test images in two dimensions; None for too few images."""
+    def map(self) -> dict:
+        """Features of test images in two dimensions."""
         rows = np.linspace(0, len(self.test) - 1, min(MAPPED, len(self.test))).astype(int)
-        if len(rows) < 5:
-            return None
         x = normalize(self.features[rows], dim=1)
-        try:
-            from sklearn.manifold import TSNE  # an optional extra
-
-            how, near = "t-SNE", min(30.0, (len(x) - 1) / 3)
-            points = TSNE(init="pca", perplexity=near, random_state=0).fit_transform(x.numpy())
-        except ImportError:
-            how, x = "PCA", x - x.mean(0)
-            points = (x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T).numpy()
-        text = f"{how} of the normalized features of {len(rows):,} images, a color a class."
-        return picture(map_figure, text, points, self.truth[rows], self.names)
+        x = x - x.mean(0)
+        directions = torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:]  # of the largest variance
+        text = f"PCA of the normalized features of {len(rows):,} images, a color a class."
+        return picture(map_figure, text, (x @ directions).numpy(), self.truth[rows], self.names)
 
     def mistakes(self) -> list[dict]:
         """The wrong predictions with the highest probability."""
-        wrong = np.flatnonzero(self.guess != self.truth)
-        order = np.argsort(-self.probability.max(1).values.numpy()[wrong], kind="stable")
-        tiles = []
-        for row in wrong[order][:MISTAKES]:
+        sure, tiles = self.probability.max(1), []
+        order = np.argsort(-sure, kind="stable")
+        for row in order[self.guess[order] != self.truth[order]][:MISTAKES]:
             guess, truth = self.names[self.guess[row]], self.names[self.truth[row]]
-            text = f"{guess} {100 * self.probability[row].max():.0f} %, is {truth}"
+            text = f"{guess} {100 * sure[row]:.0f} %, is {truth}"
             tiles.append(tile(self.test.images, row, text, "wrong"))
         return tiles
 
 
 def tile(images, row: int, text: str, kind: str) -> dict:
     """One image, at most TILE pixels wide, with a line below it."""
-    pixels = images.gather(np.array([row]))[0].permute(1, 2, 0).contiguous().numpy()
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(images.gather(np.array([row]))[0].permute(1, 2, 0).numpy())
     image.thumbnail((TILE, TILE))
     return {"kind": kind, "image": _uri(image.save), "text": MARKS[kind] + text}
 
@@ -183,8 +141,8 @@ def tile(images, row: int, text: str, kind: str) -> dict:
 def picture(draw, text: str, *arguments) -> dict:
     """A matplotlib figure, drawn once for each theme, with a line below it."""
     themes = {"text": text}
-    for name, dark in (("light", False), ("dark", True)):
-        with own_style(dark):
+    for name in ("light", "dark"):
+        with own_style(dark=name == "dark"):
             figure = draw.__wrapped__(*arguments)  # `draw` itself sets the light style
             themes[name] = _uri(functools.partial(figure.savefig, dpi=110, transparent=True))
     return themes
@@ -198,13 +156,13 @@ def _uri(save) -> str:
 
 
 def to_html(text: str) -> Markup:
-    """The Markdown of results.md; all that could be more than tables and code is shown as text."""
+    """Headings, tables, lists and code of results.md as HTML; all other markup stays text."""
     converter = Markdown(extensions=["tables"])
     converter.preprocessors.deregister("html_block")
-    converter.preprocessors.deregister("reference", strict=False)
-    for name in [pattern.name for pattern in converter.inlinePatterns._priority]:
-        if name != "backtick":
-            converter.inlinePatterns.deregister(name)
+    inline = converter.treeprocessors["inline"]
+    code = inline.inlinePatterns["backtick"]
+    inline.inlinePatterns = Registry()
+    inline.inlinePatterns.register(code, "backtick", 0)
     return Markup(converter.convert(text))
 
 
@@ -212,38 +170,46 @@ def run_facts(folder: Path) -> dict:
     """What a pretraining run was: its result, and its settings."""
     result, config = read_json(folder / "result.json"), read_json(folder / "config.json")
     text = f"{folder}: {result['name']} on {result['dataset']}, {result['steps']:,} steps, "
-    text += f"{result['seconds']:,.0f} s, commit {config['commit']}: {_command(folder)}"
+    text += f"{result['seconds']:,.0f} s, commit {config['commit']}: python "
+    text += shlex.join(config["command"])
     text += "".join(f"; warning: {warning}" for warning in result["warnings"])
     settings = {k: v for k, v in config["config"].items() if k != "recipe"}
     return {"text": text, "settings": json.dumps(settings, indent=1)}
 
 
 def build(folders: list[Path]) -> str:
-    """The whole page."""
-    found, parts = find(folders), {}
-    if found.rows:
-        parts["tables"] = found.tables
-        text = "Top-1 against labels; bars are standard deviations over label draws."
-        parts["accuracy"] = picture(accuracy_figure, text, found.rows)
-    if found.pretraining:
-        metrics = {str(f): read_metrics(f / "metrics.jsonl") for f in found.pretraining}
+    """The whole page; UserError where no folder holds a finished run."""
+    results, tables, rows, labelled, parts = {}, [], [], {"labels": 0}, {}
+    for folder in folders:
+        results |= results_in(folder)
+        if (folder / "results.json").exists():
+            tables.append((folder / "results.md").read_text("utf-8", "replace"))
+            rows += json.loads((folder / "results.json").read_bytes())
+            labelled = labelled_images(folder)
+    if not (results or tables):
+        raise UserError(f"{' '.join(map(str, folders))}: no finished run there")
+    if tables:
+        text = "Top-1; bars are standard deviations over label draws."
+        parts |= {"tables": tables, "accuracy": picture(accuracy_figure, text, rows)}
+    runs = [folder for folder, result in results.items() if "top1" not in result]
+    evaluations = {folder: result for folder, result in results.items() if "top1" in result}
+    if evaluations:
+        most = max(evaluations.values(), key=lambda result: result["labels"])
+        labelled = {k: most[k] for k in ("labels", "draw")} | {"evaluate_on": most["measured_on"]}
+    if runs:
+        metrics = {str(folder): read_metrics(folder / "metrics.jsonl") for folder in runs}
         text = "A color a run; k-NN on held-out train images."
-        parts["curves"] = picture(curves_figure, text, metrics)
-        parts["runs"] = map(run_facts, found.pretraining)
-    try:
-        if not found.pretraining:
-            raise UserError("no run of pretraining was named")
-        most = max((r["labels"] for r in found.rows), default=0)
-        features = Features(found.pretraining[0], most, **found.measured)
-        for name in ("confusion", "neighbours", "map", "mistakes"):
-            parts[name] = getattr(features, name)()
-    except (UserError, OSError, TypeError) as error:  # data that are gone, a config of other code
-        parts["missing"] = str(error)
+        parts |= {"runs": map(run_facts, runs), "curves": picture(curves_figure, text, metrics)}
+        try:
+            parts["features"] = Features(runs[0], **labelled)
+        except (UserError, OSError) as error:  # the data may be gone
+            parts["missing"] = str(error)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["markdown"] = to_html
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    title = ", ".join(f.resolve().name for f in folders)
-    return environment.from_string(template).render(title=title, **parts).lstrip()
+    title = ", ".join(folder.resolve().name for folder in folders)
+    page = environment.from_string(template)
+    return page.render(title=title, evaluations=evaluations, **parts)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -252,9 +218,9 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", help="file to write [RUN/report.html]")
     with one_line_errors():
-        given = parser.parse_args(argv)
-        out = new_file(given.out) if given.out else given.runs[0] / "report.html"
-        page = build(given.runs).encode(errors="backslashreplace")
+        args = parser.parse_args(argv)
+        out = new_file(args.out) if args.out else args.runs[0] / "report.html"
+        page = build(args.runs).encode(errors="backslashreplace")
         write_atomically(out, page)
         print(f"{out}: {len(page) / 1e6:.1f} MB, opens in any browser")
     return out

@@ -1,4 +1,4 @@
-"""The results table: cells, rows with spread, claims as paired differences, text."""
+"""Tables of results: measured cells, their means and spread, paired differences, Markdown."""
 
 import itertools
 import json
@@ -10,26 +10,35 @@ import numpy as np
 from core.errors import printable
 from eval.protocols import PROTOCOLS
 
-# 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
-T975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+KEY = ("name", "init", "labels", "draw", "seed")
+CONTROLS = ("raw-pixels", "random-encoder")
+KINDS = {"linear": "linear", "knn": "k-NN"}  # classifiers in a table of methods
 
-# Named before any figure was seen; printed whatever their sign.
+# Written down before any result was seen; printed whatever their sign.
 CLAIMS = (
     ("{m}-finetune", "baseline", "what pretraining gives a network trained on the same labels"),
     ("{m}-linear", "random-encoder", "what the features are worth beyond the architecture"),
     ("{m}-linear", "raw-pixels", "what the features are worth beyond the pixels"),
 )
-KEY = ("name", "init", "labels", "draw", "seed")
+ONE_SEED = (
+    "One pretraining seed: the intervals hold the variance over label draws alone. Another seed "
+    "may give another answer; run at least three (`--reproduce.seeds 3`)."
+)
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom
+QUANTILES = """
+    12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131
+    2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042
+"""
+T975 = [float(quantile) for quantile in QUANTILES.split()]
 
 
 class Cells:
-    """One measured figure a line in cells.jsonl, so that an interrupted run goes on.
+    """The measured cells of a table, one a line of cells.jsonl, so that a stopped run can go on.
 
-    A cell is {name, init, labels, draw, seed, top1, seconds, protocol, test_images}.
+    A cell is {name, init, labels, draw, seed, top1, seconds, protocol, test_images}; its key is the
+    tuple of the first five.
+
+    write   whether `add` also appends to the file
     """
 
     def __init__(self, path: Path, write: bool) -> None:
@@ -57,63 +66,61 @@ class Cells:
         return cell
 
     def matrix(self, name: str, init: str, labels: int) -> tuple[np.ndarray, list[int]]:
-        """Top-1 of one row and budget, (seeds, draws), and the numbers of the draws.
+        """Top-1 of one row at one label budget, (seeds, draws), and the numbers of the draws.
 
-        Draws that a seed lacks (of an interrupted run) are left out.
+        Draws that one of the seeds lacks (in an unfinished table) are left out.
         """
-        found = {
-            (c["seed"], c["draw"]): c["top1"]
-            for c in self.cells.values()
-            if (c["name"], c["init"], c["labels"]) == (name, init, labels)
-        }
-        seeds = sorted({s for s, _ in found})
-        draws = [d for d in sorted({d for _, d in found}) if all((s, d) in found for s in seeds)]
-        return np.array([[found[s, d] for d in draws] for s in seeds]), draws
+        row = (name, init, labels)
+        seeds = sorted({seed for *key, _, seed in self.cells if tuple(key) == row})
+        draws = sorted({draw for *key, draw, _ in self.cells if tuple(key) == row})
+        draws = [draw for draw in draws if all((*row, draw, seed) in self for seed in seeds)]
+        top1 = [[self.cells[*row, draw, seed]["top1"] for draw in draws] for seed in seeds]
+        return np.array(top1), draws
 
     def rows(self) -> list[dict]:
-        """Each row and budget: mean over seeds and draws, std over draws of the seeds' mean."""
-        table, done = [], set()
-        for cell in self.cells.values():
-            key = tuple(cell[k] for k in KEY[:3])
-            if key in done:
+        """Each row at each budget: mean of top-1, std over label draws of the seeds' mean."""
+        rows = []
+        for row_key in dict.fromkeys(key[:3] for key in self.cells):
+            cells = [cell for key, cell in self.cells.items() if key[:3] == row_key]
+            top1, draws = self.matrix(*row_key)
+            if not draws:
                 continue
-            done.add(key)
-            values, _ = self.matrix(*key)
-            if not values.size:
-                continue
-            same = [c for c in self.cells.values() if tuple(c[k] for k in KEY[:3]) == key]
-            per_draw = values.mean(0)
-            spread = round(float(per_draw.std(ddof=1)), 3) if len(per_draw) > 1 else None
-            row = dict(zip(KEY, key, strict=False), protocol=cell["protocol"])
-            row |= {"top1_mean": round(float(per_draw.mean()), 3), "top1_std": spread}
-            row |= {"draws": values.shape[1], "pretrain_seeds": values.shape[0]}
-            seconds = round(float(np.mean([c["seconds"] for c in same])), 2)
-            table.append(row | {"test_images": cell["test_images"], "seconds": seconds})
-        return table
+            mean, std = mean_and_std(top1.mean(0))
+            seconds = float(np.mean([cell["seconds"] for cell in cells]))
+            row = {k: cells[0][k] for k in ("name", "init", "labels", "protocol")}
+            row |= {"top1_mean": round(mean, 3), "top1_std": None if std is None else round(std, 3)}
+            row |= {"draws": len(draws), "pretrain_seeds": len(top1)}
+            row |= {"test_images": cells[0]["test_images"], "seconds": round(seconds, 2)}
+            rows.append(row)
+        return rows
 
     def claims(self, method: str) -> list[dict]:
         """The claims as paired differences over the draws (and seeds) that both rows have."""
         inits = sorted({c["init"] for c in self.cells.values() if c["name"].startswith(method)})
         budgets = sorted({c["labels"] for c in self.cells.values()})
-        found = []
-        for init, labels, (ours, control, meaning) in itertools.product(inits, budgets, CLAIMS):
-            ours = ours.format(m=method)
-            a, a_draws = self.matrix(ours, init, labels)
+        claims = []
+        for init, labels, (name, control, meaning) in itertools.product(inits, budgets, CLAIMS):
+            name = name.format(m=method)
+            a, a_draws = self.matrix(name, init, labels)
             b, b_draws = self.matrix(control, init, labels)
-            if not b.size:  # a control without a start of its own stands for every init
+            if not b_draws:  # a control that does not depend on the init
                 b, b_draws = self.matrix(control, "none", labels)
-            both = [d for d in a_draws if d in b_draws]
-            if not both:
+            draws, in_a, in_b = np.intersect1d(a_draws, b_draws, return_indices=True)
+            if not len(draws):
                 continue
-            a, b = a[:, [a_draws.index(d) for d in both]], b[:, [b_draws.index(d) for d in both]]
+            a, b = a[:, in_a], b[:, in_b]
             difference = a - (b if len(a) == len(b) else b.mean(0, keepdims=True))
             mean, half = paired_interval(difference)
             interval = None if half is None else [round(mean - half, 3), round(mean + half, 3)]
-            claim = {"claim": f"{ours} - {control}", "meaning": meaning}
-            claim |= {"init": init, "labels": labels, "difference": round(mean, 3)}
-            claim |= {"interval": interval, "draws": len(both), "pretrain_seeds": len(a)}
-            found.append(claim)
-        return found
+            claim = {"claim": f"{name} - {control}", "meaning": meaning, "init": init}
+            claim |= {"labels": labels, "difference": round(mean, 3), "interval": interval}
+            claims.append(claim | {"draws": len(draws), "pretrain_seeds": len(a)})
+        return claims
+
+
+def mean_and_std(values: np.ndarray) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (N - 1); None for the latter of one value."""
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def paired_interval(difference: np.ndarray) -> tuple[float, float | None]:
@@ -128,66 +135,106 @@ def paired_interval(difference: np.ndarray) -> tuple[float, float | None]:
         means = difference.mean(axis)
         if len(means) > 1:
             parts.append((means.var(ddof=1) / len(means), len(means) - 1))
-    if not parts:
-        return float(difference.mean()), None
     variance = sum(v for v, _ in parts)
-    if variance == 0:  # all the same, as where every draw takes all labels
+    if variance == 0:  # one value, or all the same, as where every draw takes all labels
         return float(difference.mean()), None
     freedom = variance**2 / sum(v**2 / f for v, f in parts)
     t = T975[max(1, min(30, math.floor(freedom))) - 1]
     return float(difference.mean()), float(t * math.sqrt(variance))
 
 
+def method_rows(cells: Cells, name: str, budgets: list[int], rate: float | None) -> list[dict]:
+    """Rows of a method or control in methods.json: mean over draws, then mean and std over seeds.
+
+    rate   training images per second
+    """
+    control, rows = name in CONTROLS, []
+    for kind in ("linear",) if control else KINDS:
+        row_name, init = (name, "none") if control else (f"{name}-{kind}", "random")
+        for labels in budgets:
+            seeds = cells.matrix(row_name, init, labels)[0].mean(1)
+            mean, std = mean_and_std(seeds)
+            row = {"name": name, "kind": kind, "labels": labels, "top1": mean, "std": std}
+            rows.append(row | {"seeds": len(seeds), "images_per_second": rate})
+    return rows
+
+
 def plain(text: str, most: int = 9999, signs: str = "") -> str:
     """`text` on one line: unprintable characters and `signs` escaped, a long middle left out."""
     text = "".join(f"\\u{ord(c):04x}" if c in signs else c for c in printable(text))
-    text = " " * text.startswith("_") + text  # matplotlib's legends leave out what begins with _
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
 
 
 def markdown(rows: list[dict], claims: list[dict], title: str, notes: list[str]) -> str:
-    """The table as text: one line a row, one column a label budget."""
-    budgets = sorted({r["labels"] for r in rows})
-    lines = [f"# {plain(title)}", "", *map(plain, notes), ""]
-    heads = " | ".join(f"{b:,} labels" for b in budgets)
-    lines += [f"| row | init | {heads} | draws x seeds | seconds | protocol |"]
-    lines += ["|---|---|" + "---|" * len(budgets) + "---|---|---|"]
-    for name, init in dict.fromkeys((r["name"], r["init"]) for r in rows):
-        mine = {r["labels"]: r for r in rows if (r["name"], r["init"]) == (name, init)}
-        first = next(iter(mine.values()))
-        figures = []
-        for budget in budgets:
-            r = mine.get(budget)
-            spread = "" if not r or r["top1_std"] is None else f" ± {r['top1_std']:.1f}"
-            figures.append(f"{r['top1_mean']:.1f}{spread}" if r else "")
-        count = f"{first['draws']} x {first['pretrain_seeds']}"
-        cells = [name, init, *figures, count, f"{first['seconds']:.1f}", first["protocol"]]
-        lines.append("| " + " | ".join(plain(cell, signs="|`") for cell in cells) + " |")
-    lines += ["", "Top-1 in percent, mean ± standard deviation over label draws.", ""]
-    for name in sorted({r["protocol"] for r in rows}):
-        if p := PROTOCOLS.get(name):
-            lines += [f"- {name}: {p.features}; {p.solver}; chosen: {p.chosen}"]
-    lines += [""]
-    if any(c["pretrain_seeds"] == 1 for c in claims):
-        lines += [
-            "One pretraining seed: the intervals hold the variance over label draws alone. Another "
-            "seed may give another answer; three tell (`--reproduce.seeds 3`).",
-            "",
-        ]
+    """The text of results.md: title, notes, a line for each row, protocols, claims."""
+    lines = [f"# {plain(title)}", "", *map(plain, notes), "", _results_table(rows)]
+    lines += ["Top-1 in percent, mean ± standard deviation over label draws.", ""]
+    for name in sorted({row["protocol"] for row in rows}):
+        if name in PROTOCOLS:
+            lines.append(f"- {name}: {PROTOCOLS[name]}")
+    lines.append("")
+    if any(claim["pretrain_seeds"] == 1 for claim in claims):
+        lines += [ONE_SEED, ""]
     if claims:
-        lines += [
-            "| claim, named beforehand | init | labels | difference | 95 % interval "
-            "| draws x seeds | holds |",
-            "|---|---|---|---|---|---|---|",
-        ]
-    for c in claims:
-        interval = c["interval"]
-        text = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "one draw: none"
-        holds = "not shown"
-        if interval and (interval[0] > 0 or interval[1] < 0):
-            holds = "yes" if interval[0] > 0 else "no, the opposite"
-            holds += ", over these draws" * (c["pretrain_seeds"] == 1)
-        cells = [f"{c['claim']} ({c['meaning']})", c["init"], f"{c['labels']:,}"]
-        cells += [f"{c['difference']:+.2f}", text, f"{c['draws']} x {c['pretrain_seeds']}", holds]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(_claims_table(claims))
+    return "\n".join(lines)
+
+
+def methods_markdown(rows: list[dict]) -> str:
+    """The text of methods.md: a line for each method, a column for each classifier and budget."""
+    columns, lines = {_head(row): "" for row in rows}, {}
+    for row in rows:
+        rate = row["images_per_second"]
+        line = {"method": row["name"], **columns, "seeds": f"{row['seeds']}"}
+        line = lines.setdefault(row["name"], line | {"images/s": f"{rate:,.0f}" if rate else ""})
+        line[_head(row)] = _percent(row["top1"], row["std"])
+    return _table(list(lines.values()))
+
+
+def _results_table(rows: list[dict]) -> str:
+    """A line for each row, a column for each label budget."""
+    columns, lines = {_head(row): "" for row in sorted(rows, key=lambda row: row["labels"])}, {}
+    for row in rows:
+        count = f"{row['draws']} x {row['pretrain_seeds']}"
+        line = {"row": row["name"], "init": row["init"], **columns, "draws x seeds": count}
+        line |= {"seconds": f"{row['seconds']:.1f}", "protocol": row["protocol"]}
+        line = lines.setdefault((row["name"], row["init"]), line)
+        line[_head(row)] = _percent(row["top1_mean"], row["top1_std"])
+    return _table(list(lines.values()))
+
+
+def _head(row: dict) -> str:
+    """The column of a row: the label budget, after the classifier in a table of methods."""
+    labels = f"{row['labels']:,} labels"
+    return f"{KINDS[row['kind']]}, {labels}" if "kind" in row else labels
+
+
+def _claims_table(claims: list[dict]) -> str:
+    """A line for each claim, with its interval and whether it holds."""
+    lines = []
+    for claim in claims:
+        interval, holds = "one draw: none", "not shown"
+        if claim["interval"]:
+            low, high = claim["interval"]
+            interval = f"{low:+.2f} to {high:+.2f}"
+            if low > 0 or high < 0:
+                holds = "yes" if low > 0 else "no, the opposite"
+                holds += ", over these draws" if claim["pretrain_seeds"] == 1 else ""
+        line = {"claim, named beforehand": f"{claim['claim']} ({claim['meaning']})"}
+        line |= {"init": claim["init"], "labels": f"{claim['labels']:,}"}
+        line |= {"difference": f"{claim['difference']:+.2f}", "95 % interval": interval}
+        line["draws x seeds"] = f"{claim['draws']} x {claim['pretrain_seeds']}"
+        lines.append(line | {"holds": holds})
+    return _table(lines)
+
+
+def _percent(mean: float, std: float | None) -> str:
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+
+
+def _table(lines: list[dict[str, str]]) -> str:
+    """Markdown of lines that are {head: cell}; signs that end a cell or begin code are escaped."""
+    text = f"| {' | '.join(lines[0])} |\n" + "|---" * len(lines[0]) + "|\n"
+    for line in lines:
+        text += f"| {' | '.join(plain(cell, signs='|`') for cell in line.values())} |\n"
+    return text

@@ -9,8 +9,7 @@ import pytest
 
 import reproduce
 from core.errors import UserError
-from eval.methods import CONTROLS
-from eval.table import Cells
+from eval.table import CONTROLS, Cells
 from variants import compare
 
 
