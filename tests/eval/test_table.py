@@ -84,6 +84,7 @@ def test_rows_are_means_over_seeds_and_draws(tmp_path):
     keys = {"name", "init", "labels", "protocol", "top1_mean", "top1_std", "draws",
             "pretrain_seeds", "test_images", "seconds"}  # fmt: skip
     assert all(keys <= r.keys() for r in rows)
+    json.dumps(rows)  # plain numbers
 
 
 def test_claims_are_paired_over_draws_and_seeds(tmp_path):
@@ -217,14 +218,6 @@ def test_one_draw_is_printed_without_spread_or_verdict(tmp_path):
     text = markdown(cells.rows(), claims, "t", [])
     assert "not shown" in text and "±" not in text.split("Top-1")[0]
     save(accuracy_figure(cells.rows(), "t"), tmp_path / "one.png")
-
-
-def test_the_picture_is_a_png(tmp_path):
-    rows = filled(tmp_path / "cells.jsonl").rows()
-    save(accuracy_figure(rows, "The title"), tmp_path / "results.png")
-    data = (tmp_path / "results.png").read_bytes()
-    assert data.startswith(b"\x89PNG") and len(data) > 10000
-    json.dumps(rows)  # plain numbers
 
 
 def test_the_curves_are_those_that_were_logged():
