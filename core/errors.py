@@ -13,9 +13,9 @@ import traceback
 import torch
 
 STOPPED = 75  # exit code (EX_TEMPFAIL)
+BROKEN_PIPE = 141  # exit code that shells give for SIGPIPE
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 SILENCE = 2  # seconds, more than a launcher takes to end the other processes of a failed one
-DISCONNECTED = ("onnection closed by peer", "onnection reset", "imed out", "pair closure")
 LOST = "lost touch with another process: it has failed, or stood still for --dist-timeout seconds"
 
 
@@ -28,10 +28,7 @@ class RunError(Exception):
 
 
 class Stopped(Exception):
-    """A run that ends before its last step, saved; --resume goes on.
-
-    asked   by a signal, not by --stop-after
-    """
+    """A run that ends before its last step, saved; `asked`: by a signal, not by --stop-after."""
 
     def __init__(self, asked: bool) -> None:
         super().__init__("stopped; go on with --resume")
@@ -52,7 +49,7 @@ def first_process() -> bool:
 def warn_once(text: str) -> None:
     """One line on stderr from the first process."""
     if first_process():
-        print(f"warning: {text}", file=sys.stderr)
+        put(f"warning: {text}", sys.stderr)
 
 
 def printable(name: str) -> str:
@@ -60,77 +57,56 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in name)
 
 
+def put(text: str, stream, end: str = "\n") -> None:
+    """Print at once; where that fails, drop this text and all that is printed there later.
+
+    A run goes on without its messages: the terminal was closed, the disk is full, nobody reads.
+    """
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 @contextlib.contextmanager
-def one_line_errors(debug: bool = False, printed: bool = True):
-    """Wrong input and what the machine refuses end the process with one line, not a traceback.
+def one_line_errors(debug: bool = False):
+    """Context in which wrong input and what the machine refuses become one line, not a traceback.
 
-    printed   whether the result is what is printed: on a full disk that is an error as well
+    Characters that the terminal lacks are escaped.  Text that can't be written is an error, unless
+    it was printed by `put`.
     """
-    out, err = Console(sys.stdout), Console(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            yield
-            out.flush()
-            if printed and out.lost and not isinstance(out.lost, BrokenPipeError):
-                raise out.lost
-        except Exception as error:
-            if not reason_of(error):
-                raise
-            tell(error, 0 if first_process() else 1, debug)
-            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-        finally:  # what can't be written later than this changes Python's exit code
-            out.flush()
-            err.flush()
-
-
-class Console:
-    """A text stream on which printing never fails.
-
-    Characters that it can't encode are escaped.  After the first failure (a closed terminal, a pipe
-    that nobody reads, a full disk; it is kept as `lost`) all further text is dropped.
-
-    stream   None where it was closed before the start, as by >&-
-    """
-
-    def __init__(self, stream) -> None:
-        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
-        self.lost: OSError | None = None
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        code = self.stream.encoding or "utf-8"
-        self._attempt(self.stream.write, text.encode(code, "backslashreplace").decode(code))
-        return len(text)
-
-    def flush(self) -> None:
-        self._attempt(self.stream.flush)
-
-    def _attempt(self, function, *arguments) -> None:
-        try:
-            function(*arguments)
-        except OSError as error:
-            self.lost = error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the start, as by >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # not in a notebook
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as `head`, has read enough
+        put("", sys.stdout, end="")  # or Python fails to write the rest when it ends
+        raise SystemExit(BROKEN_PIPE) from None
+    except Exception as error:
+        if not reason_of(error):
+            raise
+        tell(error, 0 if first_process() else 1, debug)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def tell(error: Exception, rank: int, debug: bool = False) -> None:
-    """One line, or the traceback of a mistake in the code.
+    """Print one line, or the traceback of a mistake in the code.
 
     Errors common to all ranks are printed by rank 0, after which the launcher ends the others; an
     error on one rank is always printed.
     """
-    sys.stdout.flush()
+    put("", sys.stdout, end="")  # what is still in its buffer
     reason = reason_of(error)
-    if reason == LOST or (reason and rank):
+    if reason.startswith(LOST) or (reason and rank):
         time.sleep(SILENCE)
-    if reason and not debug:
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-    else:
-        traceback.print_exception(error)
+    text = "".join(traceback.format_exception(error))
+    put(f"error: {reason}" if reason and not debug else text, sys.stderr)
 
 
 def reason_of(error: Exception) -> str:
@@ -142,6 +118,6 @@ def reason_of(error: Exception) -> str:
         return f"{error.filename or 'reading or writing'}: {error.strerror or text}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory: lower --batch-size, --width or --crop-size ({text[:80]})"
-    if torch.distributed.is_initialized() and any(words in text for words in DISCONNECTED):
-        return LOST
+    if isinstance(error, torch.distributed.DistError) or "/gloo/" in text:  # gloo has no error type
+        return f"{LOST} ({text[:200]})"
     return ""

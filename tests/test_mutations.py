@@ -264,7 +264,7 @@ MUTATIONS = {
         "data/folder.py", "for text in notes if first_process() else ():", "for text in notes:",
         f"{LISTING} -k one_of_several"),
     "a closed terminal kills": (
-        "training/stopping.py", 'handlers["SIGHUP"] = stop', "pass", f"{STOPPING} -k S1_S5"),
+        "training/stopping.py", 'handlers["SIGHUP"] = self._stop', "pass", f"{STOPPING} -k S1_S5"),
     # nothing lost
     "checksums that nobody looks at": (
         "training/checkpoints.py", 'return "" if actual == expected else', 'return "" if 1 else',

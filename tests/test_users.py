@@ -224,18 +224,6 @@ def test_no_run_renames_or_fills_a_folder_of_images(own, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_folder_that_cannot_be_renamed_is_one_line(own, tmp_path, capsys, monkeypatch):
-    write("images", {"a": 5, "b": 5})
-    train_byol.main(argv=[*own, "--out", "run"])
-
-    def refuse(self, target):
-        raise OSError(16, "Device or resource busy")
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    text = refused(capsys, train_byol, *own, "--out", "run", "--overwrite")
-    assert "run can't be renamed away (Device or resource busy)" in text
-
-
 def test_a_name_that_tensorboard_cannot_write_is_refused_at_once(own, capsys):
     write("images", {"a": 5, "b": 5})
     assert "UTF-8" in refused(capsys, train_byol, *own, "--out", os.fsdecode(b"r\xff"))

@@ -8,7 +8,7 @@ from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """Batch norm by the statistics of all processes: one small collective each way.
 
     torch's own kernels do the passes over the activations: a rank's mean and variance, the affine
@@ -17,7 +17,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
-        """(normalised x, mean, biased variance); the ranks have equal shares."""
+        """(normalized x, mean, biased variance); the ranks have equal shares."""
         unused = torch.zeros_like(weight)  # of its type are the statistics: float32 for a half x
         local = torch.stack(torch.batch_norm_update_stats(x, unused, unused, 0.0))
         shares = local.new_empty(dist.get_world_size(), *local.shape)
@@ -64,13 +64,13 @@ class CrossReplicaBatchNorm(_BatchNorm):
         if not self.affine:
             weight = x.new_ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
             bias = torch.zeros_like(weight)
-        y, mean, variance = _Normalise.apply(x, weight, bias, self.eps)
+        y, mean, variance = _Normalize.apply(x, weight, bias, self.eps)
         if self.track_running_stats:
             count = x.numel() // x.shape[1] * dist.get_world_size()
             self.num_batches_tracked += 1
-            share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, share)  # the running variance is the unbiased one
-            self.running_var.lerp_(variance * (count / (count - 1)), share)
+            self.running_mean.lerp_(mean, self.momentum)
+            unbiased = variance * (count / (count - 1))
+            self.running_var.lerp_(unbiased, self.momentum)
         return y
 
 

@@ -10,7 +10,7 @@ from core.device import pick_device
 from core.errors import STOPPED, Stopped, UserError, launched, one_line_errors, tell
 from training import distributed
 from training.distributed import Processes
-from training.run_folder import check_free, check_place
+from training.run_folder import check_free
 from training.stopping import handle
 
 
@@ -27,43 +27,49 @@ def execute(
     A run that was asked to stop ends the process with exit code 75, on all ranks.
     """
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
-    with one_line_errors(debug, printed=False):
+    with one_line_errors("--debug" in argv):
         config = configure(argv)
         r = config.run
-        if launched() or r.gpus > 1:
+        several = launched() or r.gpus > 1
+        if several:
             from training import launch  # of no use to a single process
 
             launch.resume_if_restarted(r)
-            check_run(config)
+        check_run(config)
+        if several:
             launch.relaunch_if_needed(r.gpus, r.device, argv)
             launch.end_with_launcher()
-        else:
-            check_run(config)
         prepare(config)
         handle("SIGUSR1", signal.SIG_IGN)  # there is nothing to save yet
         processes = distributed.start(r.device, r.threads, r.dist_timeout, r.quiet)
-        try:
-            result = run(config, processes)
-        except Stopped as stop:
-            if stop.asked:
-                distributed.finish()
-                raise SystemExit(STOPPED) from None
-            result = {"stopped": False}
-        except Exception as error:
-            if processes.world_size > 1:
-                tell(error, processes.rank, debug)
-                os._exit(1)  # leaving the group would wait for ranks that are somewhere else
-            raise
+        result = guarded(run, config, processes)
         distributed.finish()
     return result
 
 
+def guarded(run: Callable, config, processes: Processes) -> dict:
+    """The result of the run; where it stops or fails, the process ends as its job needs it."""
+    try:
+        return run(config, processes)
+    except Stopped as stop:
+        if stop.asked:
+            distributed.finish()
+            raise SystemExit(STOPPED) from None
+        return {"stopped": False}
+    except Exception as error:
+        if processes.world_size > 1:
+            tell(error, processes.rank, config.run.debug)
+            os._exit(1)  # leaving the group would wait for ranks that are somewhere else
+        raise
+
+
 def check_run(config) -> None:
     """UserError where --device, --out or --resume can't be what was meant."""
-    pick_device(config.run.device)
-    out, resume = Path(config.run.out), config.run.resume
-    check_free(out, bool(resume), config.run.overwrite)
-    check_place(out, Path(config.data.data_root), config.run.overwrite)
-    if resume not in ("", "auto") and not Path(resume).is_file():
-        raise UserError(f"--resume {resume}: no such file")
+    r, out = config.run, Path(config.run.out)
+    pick_device(r.device)
+    check_free(out, bool(r.resume), r.overwrite)
+    for inside in (Path.cwd(), Path(config.data.data_root).resolve()):
+        if r.overwrite and inside.is_relative_to(out.resolve()):
+            raise UserError(f"--overwrite: would rename {inside} with --out {out}; choose another")
+    if r.resume not in ("", "auto") and not Path(r.resume).is_file():
+        raise UserError(f"--resume {r.resume}: no such file")

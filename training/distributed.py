@@ -1,4 +1,4 @@
-"""Process group, DDP, collectives: what depends on CUDA or on the number of processes."""
+"""Process group, DDP, collectives, comparison of the replicas: what needs several processes."""
 
 import contextlib
 import datetime
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core.device import CPU, pick_device
-from core.errors import launched
+from core.errors import RunError, launched
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ SINGLE = Processes(0, 1, CPU)
 
 def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
     """Join the launcher's process group, if there is one, and set device and thread count."""
-    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
-    local_rank, local_size, world_size = (
-        (int(os.environ[name]) for name in names) if launched() else (0, 1, 1)
-    )
+    local_rank, local_size, world_size = 0, 1, 1
+    if launched():
+        names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+        local_rank, local_size, world_size = (int(os.environ[name]) for name in names)
     usable = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(usable(0)) if usable else os.cpu_count()
     torch.set_num_threads(threads or max(1, cores // local_size))
@@ -49,15 +49,15 @@ def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means float32; bf16 is the fast choice
     if world_size > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=timeout)
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        limit = datetime.timedelta(seconds=timeout)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # torchrun's store outlives a restart: without a name of its own for each try, a quick
             # process finds the address of one that has died
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
     return Processes(own_rank(), world_size, device, quiet)
 
@@ -83,10 +83,7 @@ def wrap(method: nn.Module, processes: Processes, batch_norm: str) -> nn.Module:
     names = inspect.signature(DistributedDataParallel.__init__).parameters
     # torch 2.13 renamed it
     name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    ids = [processes.device.index] if processes.device.type == "cuda" else None
-    return DistributedDataParallel(
-        method, device_ids=ids, gradient_as_bucket_view=True, **{name: False}
-    )
+    return DistributedDataParallel(method, gradient_as_bucket_view=True, **{name: False})
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -143,3 +140,36 @@ def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def broadcast_buffers(method: nn.Module) -> None:
+    """Give every process rank 0's buffers: with local batch norm they differ."""
+    if dist.is_initialized():
+        for buffer in method.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def compare_replicas(method: nn.Module, done: int, local_buffers: bool) -> None:
+    """RunError, on all ranks alike, where they have done other steps or hold other weights.
+
+    Sums of the values' bits are compared, in one small collective: a single weight is found.
+    """
+    if not dist.is_initialized():
+        return
+    values = dict(method.named_parameters() if local_buffers else method.state_dict())
+    done_here = torch.tensor([done], device=next(method.parameters()).device)
+    sums = []
+    for x in (done_here, *values.values()):
+        x = x.detach().reshape(-1)
+        x = x if x.element_size() >= 4 else x.float()  # exact; its bits make a whole int32
+        sums.append(x.view(torch.int32).sum(dtype=torch.int64))
+    extremes = torch.stack([torch.stack(sums), -torch.stack(sums)])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    differs = (extremes[0] != -extremes[1]).tolist()
+    if any(differs):
+        name = ["the number of steps", *values][differs.index(True)]
+        raise RunError(
+            f"{name} differs between the processes after step {done:,}: checkpoints on "
+            "different disks, a target or buffer that moves by a process's own state, unlike "
+            "machines or a faulty one; the newest checkpoint is from before"
+        )

@@ -13,19 +13,16 @@ from core.device import pick_device
 from core.errors import LAUNCHER, UserError, launched
 from training.stopping import handle, hangup_ignored
 
-LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")
+PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")  # of a launcher's variables
 RELAUNCHED = "BYOL_RELAUNCHED"  # the launcher that --gpus became: its process id; once is enough
 RESTARTED = "BYOL_RESTARTED"  # set when the launcher that exec'd us was restarting the job
 
 
 def resume_if_restarted(run) -> None:
-    """After a crash the launcher types what was typed at first: then --resume is meant.
-
-    run   [run]
-    """
-    if restarted():
-        if not run.resume or list(Path(run.out).glob("checkpoints/step-*.pt")):
-            run.resume = "auto"
+    """After a crash the launcher types what was typed at first: then --resume is meant."""
+    saved = list(Path(run.out).glob("checkpoints/step-*.pt"))
+    if restarted() and (saved or not run.resume):
+        run.resume = "auto"
 
 
 def restarted() -> bool:
@@ -40,14 +37,32 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
     torchrun alone starts one worker and hands it `--gpus 4`; plain python starts none.  Only a
     real launcher counts: rank variables left over in the environment do not.
     """
-    device = pick_device(device)
-    given = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
-    if device == "cuda" and gpus > torch.cuda.device_count():
+    started = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+    if pick_device(device) == "cuda" and gpus > torch.cuda.device_count():
         raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
-    if gpus in (1, given):
+    if gpus in (1, started):
         return
-    if given > 1 or RELAUNCHED in os.environ:
-        raise UserError(f"--gpus {gpus}: the launcher started {given}; leave out one of the two")
+    if started > 1 or RELAUNCHED in os.environ:
+        raise UserError(f"--gpus {gpus}: the launcher started {started}; leave out one of the two")
+    program = _program(gpus)
+    environment = {
+        k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(PREFIXES)
+    }
+    environment[RELAUNCHED] = str(os.getpid())
+    if restarted():
+        environment[RESTARTED] = "1"
+    environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun does the same, with a long notice
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    if hangup_ignored():  # the launcher would end its processes all the same
+        command.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
+    command += [f"--nproc-per-node={gpus}", *program, *argv]
+    handle("SIGUSR1", signal.SIG_IGN)  # it would kill a launcher
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)
+
+
+def _program(gpus: int) -> list[str]:
+    """The words that start this script again; UserError where it has no file of its own."""
     script, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
     by_name = spec is not None and spec.origin == script  # python -m
     if hasattr(sys, "ps1") or not (by_name or os.path.exists(script)):
@@ -55,18 +70,7 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
             f"--gpus {gpus}: no script to start again (a notebook, python -c); type the command in "
             "a shell, as in: python train_byol.py --gpus 2"
         )
-    sys.stdout.flush()
-    environment = {k: v for k, v in os.environ.items() if not _from_launcher(k)}
-    environment[RELAUNCHED] = str(os.getpid())
-    environment |= {RESTARTED: "1"} if restarted() else {}
-    environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun does the same, with a long notice
-    program = ["-m", spec.name] if by_name else [script]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    if hangup_ignored():  # the launcher would end its processes all the same
-        command.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
-    command += [f"--nproc-per-node={gpus}", *program, *argv]
-    handle("SIGUSR1", signal.SIG_IGN)  # it would kill a launcher
-    os.execve(sys.executable, command, environment)
+    return ["-m", spec.name] if by_name else [script]
 
 
 def end_with_launcher() -> None:
@@ -77,15 +81,7 @@ def end_with_launcher() -> None:
 
 
 def _follow(launcher: int) -> None:
-    """Runs in a thread, since a process that waits in a collective handles no signal.
-
-    A process whose parent dies gets another parent.
-    """
-    while os.getppid() == launcher:
+    """Runs in a thread, since a process that waits in a collective handles no signal."""
+    while os.getppid() == launcher:  # a process whose parent dies gets another parent
         time.sleep(1)
     os._exit(1)
-
-
-def _from_launcher(name: str) -> bool:
-    keep = name == "TORCHELASTIC_ERROR_FILE"
-    return not keep and (name in LAUNCHER or name.startswith(LAUNCHER_PREFIXES))

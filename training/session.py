@@ -1,5 +1,6 @@
 """One training run: optimizer, precision, checkpoints and run folder around a method."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,10 @@ from training.optimizers import build_optimizer
 from training.run_folder import RunFolder, git_commit, read_metrics, say
 from training.stopping import Watch
 
-REPLICAS_EVERY = 1000  # steps between comparisons, besides those before each save
+COMPARE_EVERY = 1000  # steps between comparisons of the processes' weights, besides each save
 
 
-class Session:
+class Session(contextlib.ExitStack):
     """One training run, new or resumed; as a context it closes what it has opened.
 
     config     with the sections data, encoder, optim, run and the method's own
@@ -31,6 +32,7 @@ class Session:
     def __init__(
         self, config, method, loader, transform, processes, watch: Watch | None = None
     ) -> None:
+        super().__init__()
         o, run = config.optim, config.run
         self.config, self.method, self.loader, self.processes = config, method, loader, processes
         self.transform, self.watch = transform, watch
@@ -38,42 +40,34 @@ class Session:
         self.stop = min(run.stop_after or self.total, self.total)
         self.warmup = warmup_steps(o.warmup_epochs, loader.steps_per_epoch, self.total)
         self.peak = peak_rate(o.optimizer, o.lr, o.batch_size)
+        self.done, self.before, self.began = 0, 0.0, time.perf_counter()
         if run.compile:
             method.compile()
         self.model = distributed.wrap(method, processes, run.batch_norm)
-        groups = [g | {"params": [*g["params"]]} for g in method.parameter_groups(o.weight_decay)]
-        given = {id(p) for group in groups for p in group["params"]}
-        for name, parameter in method.named_parameters():
-            if parameter.requires_grad and id(parameter) not in given:
-                raise RunError(
-                    f"{name} is in no group of {method.name}'s parameter_groups and would not be "
-                    "trained; add it, or give it requires_grad_(False)"
-                )
+        groups = groups_of(method, o.weight_decay)
         self.optimizer = build_optimizer(o.optimizer, groups, o.momentum, o.nesterov)
-        self.precision = Precision(
-            pick_precision(run.precision, processes.device), processes.device
-        )
+        precision = pick_precision(run.precision, processes.device)
+        self.precision = Precision(precision, processes.device)
+        self.facts = {"images": len(loader.images), "precision": precision}
         out, resume = Path(run.out), bool(run.resume)
         self.checkpoints = Checkpoints(out / "checkpoints", run.save_every, run.keep)
-        self.folder = RunFolder(out, None, processes, resume=resume, overwrite=run.overwrite)
-        self.facts = {"images": len(loader.images), "precision": self.precision.name}
-        self.done, self.before, self.began, others = 0, 0.0, time.perf_counter(), True
+        folder = RunFolder(out, None, processes, resume=resume, overwrite=run.overwrite)
+        self.folder = self.enter_context(folder)
         try:
-            if run.resume:
-                from training.resume import resume  # a fresh run has nothing to read
-
-                others = resume(self)
-            self.compare_replicas()
-            self.folder.write_config(as_dict(config), self.done, run.override and others)
+            self._resume()
         except BaseException:
-            self.folder.close()  # or this process would hold the lock for as long as it lives
+            self.close()  # or this process would hold the lock for as long as it lives
             raise
 
-    def __enter__(self) -> "Session":
-        return self
+    def _resume(self) -> None:
+        """Take over the state that --resume names, and write config.json."""
+        run, changed = self.config.run, True
+        if run.resume:
+            from training.resume import resume  # a fresh run has nothing to read
 
-    def __exit__(self, *error) -> None:
-        self.folder.close()
+            changed = resume(self)
+        self.compare_replicas()
+        self.folder.write_config(as_dict(self.config), self.done, run.override and changed)
 
     @property
     def seconds(self) -> float:
@@ -84,18 +78,10 @@ class Session:
     def meta(self) -> dict:
         """What encoder.pt says of itself."""
         e = self.config.encoder
-        return {
-            "arch": e.arch,
-            "stem": e.stem,
-            "width": e.width,
-            "init": e.init,
-            "crop_size": self.loader.crop_size,
-            **self.transform.meta(),
-            "method": self.method.name,
-            "step": self.total,
-            "seed": self.loader.seed,
-            "commit": git_commit(),
-        }
+        meta = {"arch": e.arch, "stem": e.stem, "width": e.width, "init": e.init}
+        meta |= {"crop_size": self.loader.crop_size, **self.transform.meta()}
+        meta |= {"method": self.method.name, "step": self.total, "seed": self.loader.seed}
+        return meta | {"commit": git_commit()}
 
     def describe(self) -> str:
         """The encoder; device, precision, steps and the actual learning rate: two lines."""
@@ -105,11 +91,9 @@ class Session:
             f"{e.arch}, stem {e.stem}, width {e.width:g}, init {e.init}: "
             f"{parameter_count(self.method):,} parameters\n"
             f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
-            f"{o.batch_size} images ({epochs:.3g} epochs), "
-            f"{o.optimizer}, learning rate {self.peak:g}"
+            f"{o.batch_size} images ({epochs:.3g} epochs), {o.optimizer}, "
+            f"learning rate {self.peak:g} after a warm-up of {self.warmup:,} steps"
         )
-        if self.warmup:
-            text += f" after a warm-up of {self.warmup:,} steps"
         if self.warmup < round(o.warmup_epochs * self.loader.steps_per_epoch):
             text += f", half of the run, instead of --warmup-epochs {o.warmup_epochs:g}"
         return text + (f"; going on from step {self.done:,}" if self.done else "")
@@ -119,8 +103,7 @@ class Session:
 
         Stopped, after a save, where the watch or --stop-after ends the run before its last step.
         """
-        o = self.config.optim
-        self.folder.begin(self.done, self.stop, self.method.name, o.batch_size)
+        self.folder.begin(self.done, self.stop)
         if self.folder.board is not None and not self.done:
             self.folder.board.show(as_dict(self.config), self.loader.preview())
         for step in train_steps(
@@ -150,11 +133,15 @@ class Session:
         self.done, watch = step.index + 1, self.watch
         due = self.checkpoints.due(step) or step.index == self.stop - 1
         watch.look(step, self.method, self.optimizer, saving=due)
-        saving, every = due or watch.stop or watch.save, REPLICAS_EVERY
-        if saving or (every and self.done % every == 0):
+        saving = due or watch.stop or watch.save
+        if saving or self.done % COMPARE_EVERY == 0:
             self.compare_replicas()
-        if not saving:
-            return
+        if saving:
+            self._save()
+        if watch.stop:  # a launcher ends all when the first has left
+            distributed.barrier()
+
+    def _save(self) -> None:
         self.share_buffers()
         if self.processes.main:
             state = training_state(self.method, self.optimizer, self.precision)
@@ -162,8 +149,6 @@ class Session:
             state |= {"seconds": self.seconds, "processes": self.processes.world_size}
             self.folder.flush()
             self.checkpoints.save(self.done, state)
-        if watch.stop:  # a launcher ends all when the first has left
-            distributed.barrier()
 
     def finish(self, result: dict, classifier: Callable[[], dict] | None = None) -> None:
         """Write encoder.pt, result.json and what `classifier` gives, for all ranks."""
@@ -182,14 +167,23 @@ class Session:
 
     def compare_replicas(self) -> None:
         """RunError, on all ranks alike, where they stand at other steps or hold other weights."""
-        if self.processes.world_size > 1:
-            from training.replicas import compare  # of no use to a single process
-
-            compare(self.method, self.done, self.config.run.batch_norm, self.processes.device)
+        local = self.config.run.batch_norm == "local"  # then buffers differ
+        distributed.compare_replicas(self.method, self.done, local)
 
     def share_buffers(self) -> None:
         """Before evaluating and saving: with local batch norm, rank 0's buffers for all."""
-        if self.processes.world_size > 1 and self.config.run.batch_norm == "local":
-            from training.replicas import broadcast_buffers  # of no use to a single process
+        if self.config.run.batch_norm == "local":
+            distributed.broadcast_buffers(self.method)
 
-            broadcast_buffers(self.method)
+
+def groups_of(method, weight_decay: float) -> list[dict]:
+    """A method's parameter groups as lists; RunError where one of its parameters is in none."""
+    groups = [g | {"params": [*g["params"]]} for g in method.parameter_groups(weight_decay)]
+    grouped = {id(p) for group in groups for p in group["params"]}
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad and id(parameter) not in grouped:
+            raise RunError(
+                f"{name} is in no group of {method.name}'s parameter_groups and would not be "
+                "trained; add it, or give it requires_grad_(False)"
+            )
+    return groups

@@ -52,19 +52,19 @@ class Watch:
         self.skipped = 0
 
     def __enter__(self) -> "Watch":
-        def stop(number, frame):
-            if self.asked_stop and time.monotonic() > self.asked_stop + SAME:
-                os._exit(128 + number)
-            self.asked_stop = self.asked_stop or time.monotonic()
-
-        def save(number, frame):
-            self.asked_save = True
-
-        handlers = {"SIGTERM": stop, "SIGINT": stop, "SIGUSR1": save}
+        handlers = {"SIGTERM": self._stop, "SIGINT": self._stop, "SIGUSR1": self._save}
         if not hangup_ignored():
-            handlers["SIGHUP"] = stop
+            handlers["SIGHUP"] = self._stop
         self.previous = {name: handle(name, handler) for name, handler in handlers.items()}
         return self
+
+    def _stop(self, number, frame) -> None:
+        if self.asked_stop and time.monotonic() > self.asked_stop + SAME:
+            os._exit(128 + number)
+        self.asked_stop = self.asked_stop or time.monotonic()
+
+    def _save(self, number, frame) -> None:
+        self.asked_save = True
 
     def __exit__(self, *error) -> None:
         for name, handler in self.previous.items():

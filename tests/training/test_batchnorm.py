@@ -52,9 +52,8 @@ def test_two_processes_are_one_batch(kind, shape):
         torch.testing.assert_close(mine, reference, **exact)
 
 
-def without(x, dtype):
-    """No scale and offset, and statistics averaged over all batches."""
-    plain = nn.BatchNorm2d(3, affine=False, momentum=None).to(dtype)
+def without_scale(x, dtype):
+    plain = nn.BatchNorm2d(3, affine=False).to(dtype)
     layer = convert_batch_norm(nn.Sequential(plain), CPU)[0]
     mine = x.to(dtype).chunk(2)[dist.get_rank()].requires_grad_(True)
     for scale in (1, 2):
@@ -64,12 +63,12 @@ def without(x, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_without_scale_and_with_cumulative_statistics(dtype):
+def test_without_scale_and_offset(dtype):
     torch.manual_seed(3)
-    x, reference = torch.randn(8, 3, 2, 2), nn.BatchNorm2d(3, affine=False, momentum=None).to(dtype)
+    x, reference = torch.randn(8, 3, 2, 2), nn.BatchNorm2d(3, affine=False).to(dtype)
     for scale in (1, 2):
         y = reference(scale * x.to(dtype))
-    outputs = forked.run(without, x, dtype, ranks=2)
+    outputs = forked.run(without_scale, x, dtype, ranks=2)
     torch.testing.assert_close(torch.cat([o[0] for o in outputs]), y)
     for found in outputs:
         torch.testing.assert_close(found[1], reference.running_mean)

@@ -14,10 +14,10 @@ from conftest import digest
 
 import train_byol
 from byol.byol import BYOL
-from core.errors import UserError
+from core.errors import RunError, UserError
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
-from training import distributed, launch, replicas
+from training import distributed, session
 from training.checkpoints import Checkpoints
 from training.distributed import Processes
 from training.encoder import Encoder
@@ -45,7 +45,7 @@ def train(images, accumulate: int, optimizer: str = "lars", batch_norm: str = "s
         losses.append(float(distributed.sum_over_ranks(step.loss.clone())) / ranks)
     before = digest(method.state_dict())
     if batch_norm == "local":
-        replicas.broadcast_buffers(method)
+        distributed.broadcast_buffers(method)
     return {k: v.clone() for k, v in method.state_dict().items()}, losses, before
 
 
@@ -117,7 +117,15 @@ def difference(change):
     tensors |= {"d": torch.tensor([True, False]), "e": torch.ones(3, dtype=torch.bfloat16)}
     if dist.get_rank() == 1:
         change(tensors)
-    return replicas.first_difference(tensors)
+    method = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(method.weight)
+    for name, tensor in tensors.items():
+        method.register_buffer(name, tensor)
+    try:
+        distributed.compare_replicas(method, 1, False)
+    except RunError as error:
+        return str(error).split()[0]
+    return ""
 
 
 def next_float(tensors):
@@ -145,11 +153,14 @@ class Drifting(BYOL):
         return logs
 
 
-@pytest.mark.parametrize("every", ["2", "0"])
-def test_N6_a_replica_that_drifts_is_told_by_the_parameters_name(sample, recipe, tmp_path, every):
-    """By --replicas-every, or before the next save at the latest."""
+@pytest.mark.parametrize("compare, save", [(2, "4"), (1000, "2")])
+def test_N6_a_replica_that_drifts_is_told_by_the_parameters_name(
+    sample, recipe, tmp_path, monkeypatch, compare, save
+):
+    """At the next comparison, or before the next save at the latest."""
+    monkeypatch.setattr(session, "COMPARE_EVERY", compare)
     out = tmp_path / "run"
-    flags = ["--recipe", recipe, "--out", str(out), "--replicas-every", every, "--save-every", "2"]
+    flags = ["--recipe", recipe, "--out", str(out), "--save-every", save]
     outcomes = forked.Children(train_byol.main, Drifting, flags, ranks=2).wait()
     assert [o.code for o in outcomes] == [1, 1]
     text = outcomes[0].output  # rank 1 would have told it later, were it not for the launcher
@@ -187,7 +198,7 @@ def exec_(monkeypatch, tmp_path):
     Path("some folder/train_byol.py").touch()
     called = []
     monkeypatch.setattr(os, "execve", lambda *args: called.append(args))
-    for name in [n for n in os.environ if launch._from_launcher(n)]:
+    for name in [n for n in os.environ if n.startswith("TORCHELASTIC_")]:
         monkeypatch.delenv(name)
     monkeypatch.delenv(RELAUNCHED, raising=False)
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
@@ -243,13 +254,11 @@ def test_the_launcher_leaves_a_hangup_alone_under_nohup(exec_):
 
 def test_L1_torchrun_with_one_worker_becomes_torchrun_with_more(exec_, monkeypatch):
     launched(monkeypatch, 1, PET_NPROC_PER_NODE="1", GROUP_RANK="0", ROLE_NAME="default",
-             TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_ERROR_FILE="/x/error.json",
-             MASTERPIECE="kept")  # fmt: skip
+             TORCHELASTIC_MAX_RESTARTS="0", MASTERPIECE="kept")  # fmt: skip
     relaunch_if_needed(2, "cpu", ARGUMENTS)
     environment = exec_[0][2]
-    left = {k for k in environment if launch._from_launcher(k)}
-    assert left == set() and not {"RANK", "MASTER_PORT", "PET_NPROC_PER_NODE"} & set(environment)
-    assert environment["TORCHELASTIC_ERROR_FILE"] == "/x/error.json"
+    prefixes = ("RANK", "LOCAL_", "WORLD_", "GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")
+    assert not [name for name in environment if name.startswith(prefixes)]
     assert environment["MASTERPIECE"] == "kept"
 
 

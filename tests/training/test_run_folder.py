@@ -74,9 +74,9 @@ def test_S12_a_folder_in_use_names_the_process(tmp_path, how):
 
 def test_C16_a_file_in_its_place(tmp_path):
     (tmp_path / "run").write_text("precious")
-    for check in (lambda out: check_free(out, False, True), lambda out: started(out)):
-        with pytest.raises(UserError, match="a file is in its place"):
-            check(tmp_path / "run")
+    for out in (tmp_path / "run", tmp_path / "run" / "below"):
+        with pytest.raises(UserError, match=f"{tmp_path}/run is no folder to write to"):
+            check_free(out, False, True)
     assert (tmp_path / "run").read_text() == "precious"
 
 
@@ -89,7 +89,7 @@ def step(index: int, loss: float, total: int = 10, **logs):
 
 def test_rows_at_the_cadence_the_first_and_the_last(tmp_path):
     with RunFolder(tmp_path / "run", {}, QUIET) as folder:
-        folder.begin(0, 10, "x", 8)
+        folder.begin(0, 10)
         for k in range(10):
             extra = {"knn_top1": 12.0} if k == 5 else {}
             folder.log(step(k, float(k), tau=0.25, figure=torch.tensor(2.0)), 4, **extra)
@@ -109,7 +109,7 @@ def test_C17_a_resume_cuts_later_rows_and_broken_lines_away(tmp_path):
     lines[2:2] = ["[1]\n", '{"step": null}\n', '{"st\n']  # of these alone nothing is kept
     (out / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
     with RunFolder(out, {}, QUIET, resume=True) as folder:
-        folder.begin(4, 10, "x", 8)
+        folder.begin(4, 10)
         folder.log(step(4, 1.0), 1)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 1, 2, 3, 4]
@@ -120,7 +120,7 @@ def log_on_ranks(out):
 
     processes = Processes(dist.get_rank(), 2, torch.device("cpu"), quiet=True)
     with RunFolder(out, {}, processes) as folder:
-        folder.begin(0, 2, "x", 8)
+        folder.begin(0, 2)
         value = float(processes.rank)
         folder.log(step(0, value, total=2, figure=torch.tensor(10 * value)), 1)
 
