@@ -60,7 +60,7 @@ def finished(out: Path, config) -> dict | None:
     done = (out / "result.json").exists()
     if changed and not config.run.override:
         raise UserError(
-            f"--resume: these differ from the run in {out}: {changed} (--override goes on with them)"
+            f"--resume: these differ from the run in {out}: {changed} (--override allows it)"
         )
     return read_json(out / "result.json") if done and not changed else None
 
