@@ -14,7 +14,7 @@ from conftest import digest
 
 import train_byol
 from byol.byol import BYOL
-from core.errors import RunError, UserError
+from core.errors import RunError, UserError, reason_of
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
 from training import distributed, session
@@ -185,6 +185,20 @@ def test_ranks_that_resume_at_different_steps_stop(sample, recipe, tmp_path):
     assert "the number of steps differs between the processes" in "".join(
         o.output for o in outcomes
     )
+
+
+def without_the_other() -> str:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.all_reduce(torch.ones(3))
+    except RuntimeError as error:
+        return reason_of(error)
+
+
+def test_a_rank_that_dies_is_one_line_for_the_others():
+    outcome = forked.Children(without_the_other, ranks=2).wait()[0]
+    assert outcome.value.startswith("lost touch with another process"), outcome
 
 
 # which start replaces itself by torchrun
