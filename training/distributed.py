@@ -157,9 +157,9 @@ def compare_replicas(method: nn.Module, done: int, local_buffers: bool) -> None:
     if not dist.is_initialized():
         return
     values = dict(method.named_parameters() if local_buffers else method.state_dict())
-    done_here = torch.tensor([done], device=next(method.parameters()).device)
+    steps = torch.tensor(done, device=next(iter(values.values())).device)
     sums = []
-    for x in (done_here, *values.values()):
+    for x in (steps, *values.values()):
         x = x.detach().reshape(-1)
         x = x if x.element_size() >= 4 else x.float()  # exact; its bits make a whole int32
         sums.append(x.view(torch.int32).sum(dtype=torch.int64))

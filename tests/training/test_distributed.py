@@ -117,8 +117,7 @@ def difference(change):
     tensors |= {"d": torch.tensor([True, False]), "e": torch.ones(3, dtype=torch.bfloat16)}
     if dist.get_rank() == 1:
         change(tensors)
-    method = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(method.weight)
+    method = torch.nn.Module()
     for name, tensor in tensors.items():
         method.register_buffer(name, tensor)
     try:
@@ -280,11 +279,6 @@ def test_L1_torchrun_with_one_worker_becomes_torchrun_with_more(exec_, monkeypat
 def test_nothing_happens_where_the_launcher_gave_enough(exec_, monkeypatch, given, gpus):
     launched(monkeypatch, given)
     relaunch_if_needed(gpus, "cpu", ARGUMENTS)
-    assert exec_ == []
-
-
-def test_one_process_needs_no_launcher(exec_):
-    relaunch_if_needed(1, "cpu", ["--gpus", "1"])
     assert exec_ == []
 
 

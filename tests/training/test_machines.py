@@ -97,17 +97,6 @@ def test_folders_that_cannot_be_flushed_are_no_reason_to_stop(tmp_path, monkeypa
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
-def test_folders_that_cannot_be_opened_are_no_reason_to_stop(tmp_path, monkeypatch):
-    def refuse(path, flags, *more, honest=os.open):
-        if os.path.isdir(path):
-            raise PermissionError(errno.EACCES, "as Windows answers", str(path))
-        return honest(path, flags, *more)
-
-    monkeypatch.setattr(os, "open", refuse)
-    write_atomically(tmp_path / "a", b"new")
-    assert (tmp_path / "a").read_bytes() == b"new"
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
 def test_what_cannot_be_flushed_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, number):
     failing(monkeypatch, number, folders=False)
