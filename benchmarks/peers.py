@@ -6,90 +6,71 @@ autocast and channels-last memory, the two lines that most users would add.  Net
 images are the same on both sides, each in a process of its own.
 """
 
+import contextlib
 import copy
+import functools
 import itertools
 import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
-from lightly.transforms.byol_transform import (
-    BYOLTransform,
-    BYOLView1Transform,
-    BYOLView2Transform,
-)
+from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate
 
-from benchmarks.throughput import SIZES, Training, alternate, main, photographs, row
+from benchmarks.throughput import SIZES, Training, alternate, compare, main, random_images
 from training.encoder import Encoder
 
 
-class Pictures(Dataset):
-    """PIL images in memory under lightly's transform."""
-
-    def __init__(self, count: int, side: int) -> None:
-        pixels = photographs(count, side).transpose(0, 2, 3, 1)
-        self.images = [Image.fromarray(image) for image in pixels]
-        views = BYOLView1Transform(input_size=side), BYOLView2Transform(input_size=side)
-        self.transform = BYOLTransform(*views)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int):
-        return self.transform(self.images[index])
-
-
-class Lightly(nn.Module):
-    """BYOL out of lightly's building blocks."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.projection_head = BYOLProjectionHead(512, 1024, 256)
-        self.prediction_head = BYOLPredictionHead(256, 1024, 256)
-        self.backbone_momentum = copy.deepcopy(self.backbone)
-        self.projection_head_momentum = copy.deepcopy(self.projection_head)
-        deactivate_requires_grad(self.backbone_momentum)
-        deactivate_requires_grad(self.projection_head_momentum)
-
-    def forward(self, x):
-        return self.prediction_head(self.projection_head(self.backbone(x)))
-
-    def forward_momentum(self, x):
-        return self.projection_head_momentum(self.backbone_momentum(x)).detach()
+def make_views(transform: Callable, images: list[Image.Image]) -> list[torch.Tensor]:
+    """A batch of each view: what a data set and lightly's transform give to a DataLoader."""
+    return default_collate([transform(image) for image in images])
 
 
 class Peer:
-    """Its training loop, `steps` steps at a call."""
+    """BYOL out of lightly's building blocks, `steps` steps at a call; returns how many images."""
 
-    def __init__(self, side: int, images: int, steps: int, workers: int, tuned: bool) -> None:
+    def __init__(self, side: int, steps: int, workers: int, tuned: bool) -> None:
         torch.manual_seed(0)
         (self.batch, stem), self.steps, self.tuned = SIZES[side], steps, tuned
-        self.model = Lightly(Encoder("resnet18", stem))
+        self.online = nn.Sequential(Encoder("resnet18", stem), BYOLProjectionHead(512, 1024, 256))
+        self.target = copy.deepcopy(self.online)
+        deactivate_requires_grad(self.target)
+        self.predictor = BYOLPredictionHead(256, 1024, 256)
+        learner = nn.Sequential(self.online, self.predictor)
         if tuned:
-            self.model.to(memory_format=torch.channels_last)
+            learner.to(memory_format=torch.channels_last)
+            self.target.to(memory_format=torch.channels_last)
         self.criterion = NegativeCosineSimilarity()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.06)
-        loader = DataLoader(Pictures(images, side), self.batch, shuffle=True, drop_last=True,
-                            num_workers=workers, persistent_workers=workers > 0)  # fmt: skip
+        self.optimizer = torch.optim.SGD(learner.parameters(), lr=0.06)
+        images = [Image.fromarray(x) for x in random_images(side).transpose(0, 2, 3, 1)]
+        views = BYOLView1Transform(input_size=side), BYOLView2Transform(input_size=side)
+        loader = DataLoader(
+            images,
+            self.batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=functools.partial(make_views, BYOLTransform(*views)),
+        )
         self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def __call__(self) -> int:
-        m = self.model
         for x0, x1 in itertools.islice(self.batches, self.steps):
-            update_momentum(m.backbone, m.backbone_momentum, m=0.99)
-            update_momentum(m.projection_head, m.projection_head_momentum, m=0.99)
+            update_momentum(self.online, self.target, m=0.99)
             if self.tuned:
                 x0, x1 = (x.contiguous(memory_format=torch.channels_last) for x in (x0, x1))
             with torch.autocast("cpu", torch.bfloat16, enabled=self.tuned):
-                p0, z0, p1, z1 = m(x0), m.forward_momentum(x0), m(x1), m.forward_momentum(x1)
+                p0, p1 = (self.predictor(self.online(x)) for x in (x0, x1))
+                z0, z1 = (self.target(x).detach() for x in (x0, x1))
                 loss = 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
             loss.backward()
             self.optimizer.step()
@@ -97,49 +78,39 @@ class Peer:
         return self.steps * self.batch
 
 
-class Apart:
-    """A side in a process of its own, as a user runs it; `make(*arguments)` builds it there."""
-
-    def __init__(self, make: Callable, *arguments) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, arguments))
-        self.process.start()
-
-    def __call__(self) -> int:
-        self.pipe.send(True)
-        return self.pipe.recv()
-
-    def close(self) -> None:
-        """End its process."""
-        self.pipe.send(False)
-        self.process.join()
+@functools.cache
+def made(make: Callable, *arguments) -> Callable[[], int]:
+    """make(*arguments), once in a process."""
+    return make(*arguments)
 
 
-def _serve(pipe, make: Callable, arguments: tuple) -> None:
-    side = make(*arguments)
-    while pipe.recv():
-        pipe.send(side())
+def work(make: Callable, *arguments) -> int:
+    """In a side's process: some steps; the first call, which is not counted, makes the side."""
+    return made(make, *arguments)()
 
 
-def training(options):
+def apart(pools: contextlib.ExitStack, make: Callable, *arguments) -> Callable[[], int]:
+    """A side in a process of its own, as a user runs it."""
+    pool = pools.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+    return lambda: pool.submit(work, make, *arguments).result()
+
+
+def training(options) -> Iterator[tuple[str, dict[str, float]]]:
     """Ours against lightly as it stands and against the tuned one, with its best workers."""
     for side in SIZES:
-        steps, images = (1, 256) if options.tiny else (320 // side, 1024)
-        with tempfile.TemporaryDirectory() as folder:
-            sides = {"ours": Apart(Training, side, images, f"{folder}/run", steps)}
+        steps = 1 if options.tiny else 320 // side
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as pools:
+            sides = {"ours": apart(pools, Training, side, steps, f"{folder}/run", "cpu")}
             for workers in (0,) if options.tiny else (0, 1, 2):
                 for kind, tuned in (("lightly", False), ("lightly bf16", True)):
-                    peer = Apart(Peer, side, images, steps, workers, tuned)
+                    peer = apart(pools, Peer, side, steps, workers, tuned)
                     sides[f"{kind}, {workers} workers"] = peer
             rates = alternate(sides, options.rounds)
-            for side_of_row in sides.values():
-                side_of_row.close()
         for kind in ("lightly, ", "lightly bf16, "):
             medians = {n: statistics.median(r) for n, r in rates.items() if n.startswith(kind)}
             best = max(medians, key=medians.get)
-            yield row(f"training / {kind}{side} px", rates, "ours", best)
+            yield f"training / {kind}{side} px", compare(rates, "ours", best)
 
 
 if __name__ == "__main__":
-    main(__doc__, {"training": training})
+    main(__doc__, training)

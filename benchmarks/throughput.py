@@ -6,7 +6,7 @@ their ratio means something on a shared machine.
 """
 
 import argparse
-import functools
+import itertools
 import json
 import os
 import platform
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,42 +33,38 @@ from training.encoder import build_encoder
 from training.session import Session
 from training.stopping import Watch
 
-ROOT = Path(train_byol.__file__).parent
+ROOT = Path(__file__).parents[1]
 SIZES = {96: (64, "imagenet"), 32: (128, "small")}  # side, pixels: batch size, stem
-MEAN, STD = [0.45, 0.44, 0.41], [0.26, 0.26, 0.27]
 
 
-def photographs(count: int, side: int) -> np.ndarray:
-    """(count, 3, side, side) uint8 with soft shapes, the same at each call."""
-    rng = np.random.default_rng(0)
-    coarse = torch.from_numpy(rng.integers(0, 256, (count, 3, 8, 8)).astype(np.float32))
-    fine = torch.nn.functional.interpolate(coarse, side, mode="bicubic").clamp(0, 255)
-    return fine.byte().numpy()
+def random_images(side: int, count: int = 1024) -> np.ndarray:
+    """(count, 3, side, side) uint8, the same at each call."""
+    return np.random.default_rng(0).integers(0, 256, (count, 3, side, side), np.uint8)
 
 
 class Training:
-    """BYOL as train_byol.py trains it, `steps` steps at a call, and its bare step."""
+    """BYOL as train_byol.py trains it, `steps` steps at a call; its bare step; its views.
 
-    def __init__(self, side: int, images: int, out: str, steps: int) -> None:
+    Each of the three returns the number of images.
+    """
+
+    def __init__(self, side: int, steps: int, out: str, device: str = "auto") -> None:
         self.steps, (self.batch, stem) = steps, SIZES[side]
         flags = f"--crop-size {side} --stem {stem} --batch-size {self.batch} --optimizer sgd"
-        flags += f" --byol.hidden 1024 --steps 100000 --quiet --out {out}"
+        flags += f" --byol.hidden 1024 --steps 100000 --quiet --device {device} --out {out}"
         config = train_byol.configure(flags.split())
-        r = config.run
-        processes = start(r.device, r.threads, r.dist_timeout, quiet=True)
+        run = config.run
+        processes = start(run.device, run.threads, run.dist_timeout, quiet=True)
         torch.manual_seed(0)
         method = BYOL(build_encoder(config.encoder), config.method)
-        transform, views = EvalTransform(MEAN, STD, stored=side), (config.view1, config.view2)
-        data = Images([photographs(images, side)])
+        data = Images([random_images(side)])
+        transform = EvalTransform([0.45, 0.44, 0.41], [0.26, 0.26, 0.27], stored=side)
+        views = config.view1, config.view2
         self.loader = Loader.of(config, data, None, views, transform, processes)
-        watch = Watch(processes, r.check_every)
+        watch = Watch(processes, run.check_every)
         self.session = Session(config, method, self.loader, transform, processes, watch)
         self.iterator = self.session.steps()
-
-    @functools.cached_property
-    def fixed(self) -> tuple[torch.Tensor, ...]:
-        """The views that the bare step sees again and again."""
-        return next(self.loader.batches(0))[0]
+        self.fixed_views, _ = next(self.loader.batches(0))
 
     def __call__(self) -> int:
         """Steps of the loop of train_byol.py."""
@@ -76,31 +72,25 @@ class Training:
             step = next(self.iterator)
             self.session.log(step)
             self.session.save_if_due(step)
-        return self.done(self.steps)
+        return self.steps * self.batch
 
     def bare(self) -> int:
         """The same network on the same tensors again and again: no data, no records, no checks."""
-        s, views = self.session, self.fixed
+        s = self.session
         for _ in range(self.steps):
             with s.precision.autocast():
-                outputs = s.model(*views)
+                outputs = s.model(*self.fixed_views)
             loss, _ = s.method.loss({k: v.float() for k, v in outputs.items()})
             s.precision.backward(loss)
             s.precision.step(s.optimizer)
             s.optimizer.zero_grad(set_to_none=True)
             s.method.after_step(0.5)
-        return self.done(self.steps)
+        return self.steps * self.batch
 
     def views(self) -> int:
-        """What the loader does for a step."""
+        """What the loader does for one step."""
         next(self.loader.batches(0))
-        return self.done(1)
-
-    def done(self, steps: int) -> int:
-        """The images of that many steps, once the device has finished them."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return steps * self.batch
+        return self.batch
 
 
 def alternate(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
@@ -113,76 +103,75 @@ def alternate(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, lis
         for name, work in sides.items():
             begun = time.perf_counter()
             images = work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if number:
                 rates[name].append(images / (time.perf_counter() - begun))
     return rates
 
 
-def row(what: str, rates: dict[str, list[float]], ours: str, other: str) -> dict:
-    """Median rate of two sides, and the median of the ratios of neighbouring rounds."""
-    ratios = sorted(a / b for a, b in zip(rates[ours], rates[other], strict=True))
-    medians = {name: statistics.median(rates[name]) for name in (ours, other)}
-    ends = {"lowest": ratios[0], "highest": ratios[-1]}
-    return {"what": what, **medians, "ratio": statistics.median(ratios), **ends}
+def compare(rates: dict[str, list[float]], ours: str, other: str) -> dict[str, float]:
+    """Median rates of two sides, and median and range of the ratios of their rounds."""
+    ratios = [a / b for a, b in zip(rates[ours], rates[other], strict=True)]
+    return {
+        ours: statistics.median(rates[ours]),
+        other: statistics.median(rates[other]),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+    }
 
 
-def training(options):
+def training(options) -> Iterator[tuple[str, dict[str, float]]]:
     """Training / bare step, and the views' share of a step."""
     for side in SIZES:
         with tempfile.TemporaryDirectory() as folder:
-            ours = Training(side, 1024, f"{folder}/run", 1 if options.tiny else 320 // side)
+            ours = Training(side, 1 if options.tiny else 320 // side, f"{folder}/run")
             sides = {"training": ours, "bare step": ours.bare, "views": ours.views}
             rates = alternate(sides, options.rounds)
-            what = f"training / bare step, {side} px, {ours.session.precision.name}"
             ours.session.folder.close()
-        yield row(what, rates, "training", "bare step")
-        medians = {name: statistics.median(values) for name, values in rates.items()}
-        share = 100 * medians["training"] / medians["views"]
-        yield {"what": f"views, {side} px", "images/s": medians["views"], "% of a step": share}
+        what = f"training / bare step, {side} px, {ours.session.precision.name}"
+        yield what, compare(rates, "training", "bare step")
+        whole, views = (statistics.median(rates[name]) for name in ("training", "views"))
+        yield f"views, {side} px", {"images/s": views, "% of a step": 100 * whole / views}
 
 
-def start_up(options):
+def start_up(options) -> Iterator[tuple[str, dict[str, float]]]:
     """Seconds from typing a command to its first optimizer step, on the sample."""
     seconds = []
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "train_byol.py", "--recipe", "recipes/sample.toml"]
             path, begun = Path(folder, "run", "metrics.jsonl"), time.perf_counter()
-            words = [sys.executable, "train_byol.py", "--recipe", "recipes/sample.toml", "--quiet"]
-            process = subprocess.Popen([*words, "--out", str(path.parent)], cwd=ROOT)
+            process = subprocess.Popen([*command, "--quiet", "--out", str(path.parent)], cwd=ROOT)
             while not (path.exists() and path.stat().st_size) and process.poll() is None:
                 time.sleep(0.02)
             seconds.append(time.perf_counter() - begun)
             process.kill()
             process.wait()
-    yield {"what": "first step after typing, s", "median": statistics.median(seconds),
-           "lowest": min(seconds), "highest": max(seconds)}  # fmt: skip
+    median, lowest, highest = statistics.median(seconds), min(seconds), max(seconds)
+    yield "first step after typing, s", dict(median=median, lowest=lowest, highest=highest)
 
 
-def machine() -> str:
-    """Processor, cores and versions in one line."""
-    name, cores = processor(torch.device(pick_device("auto"))), len(os.sched_getaffinity(0))
-    return f"{name}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
-
-
-def main(description: str, rows: dict[str, Callable]) -> None:
-    """Measure the rows that are asked for; print them, and write them as JSON."""
+def main(description: str, *measurements: Callable) -> None:
+    """Print the rows of all measurements, and write them as JSON where that is asked for."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), help="which ones")
     parser.add_argument("--rounds", type=int, default=5, help="of each side, in turn [5]")
-    parser.add_argument("--tiny", action="store_true", help="a trial; the figures are worthless")
+    parser.add_argument("--tiny", action="store_true", help="a trial; the numbers are worthless")
     parser.add_argument("--json", help="write one object, with a key for each row")
     options = parser.parse_args()
-    print(machine(), flush=True)
-    found = {"machine": machine()}
-    for name in options.rows:
-        for entry in rows[name](options):
-            what = entry.pop("what")
-            found[what] = entry
-            shown = (f"{k} {v:,.{0 if v >= 100 else 2}f}" for k, v in entry.items())
-            print(f"{what}: {', '.join(shown)}", flush=True)
+    name, cores = processor(torch.device(pick_device("auto"))), len(os.sched_getaffinity(0))
+    machine = (
+        f"{name}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    print(machine, flush=True)
+    results = {"machine": machine}
+    for what, numbers in itertools.chain.from_iterable(rows(options) for rows in measurements):
+        results[what] = numbers
+        print(f"{what}: {', '.join(f'{k} {v:,.4g}' for k, v in numbers.items())}", flush=True)
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
+        Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(__doc__, {"training": training, "start": start_up})
+    main(__doc__, training, start_up)
