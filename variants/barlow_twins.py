@@ -1,7 +1,6 @@
 """Barlow Twins (arXiv 2103.03230): the views' features agree, and no two features say the same.
 
 python -m variants.barlow_twins --recipe recipes/sample.toml
-torchrun -m variants.barlow_twins --gpus 4
 """
 
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from torch.nn.functional import batch_norm
 from train_byol import main
 from training.distributed import gather
 from training.method import Method, option
+from variants import blocks
 
 
 def cross_correlation(z1: Tensor, z2: Tensor) -> Tensor:
     """Correlation (D, D) over the batch of each feature of view 1 with each of view 2 (eq. 2).
 
-    Normalised as in the authors' code, by a batch norm without scale and offset.
+    Normalized as in the authors' code, by a batch norm without scale and offset.
     """
     z1, z2 = (batch_norm(z, None, None, training=True) for z in (z1, z2))
     return z1.T @ z2 / len(z1)
@@ -37,13 +37,11 @@ class BarlowTwins(Method):
         off_diagonal: float = option(0.005, "lambda, weight of the redundancy term", low=0)
         scale: float = option(0.024, "factor of the whole loss, as in the authors' code", low=0)
 
-    def __init__(self, encoder: nn.Module, config: Config) -> None:
+    def __init__(self, encoder, config):
         super().__init__(encoder, config)
-        d, layers, inputs = config.projection, [], encoder.feature_size
-        for _ in range(2):
-            layers += [nn.Linear(inputs, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(inplace=True)]
-            inputs = d
-        self.projector = nn.Sequential(*layers, nn.Linear(d, d, bias=False))
+        d = config.projection
+        hidden = blocks(encoder.feature_size, d, bias=False)
+        self.projector = nn.Sequential(*hidden, nn.Linear(d, d, bias=False))
 
     def loss(self, outputs):
         """Squared distance of the correlation over the GLOBAL batch to the identity (eq. 1)."""

@@ -1,7 +1,6 @@
-"""DINO (arXiv 2104.14294): small crops learn to predict what a moving teacher says of large ones.
+"""DINO (arXiv 2104.14294): small crops predict the output of a moving teacher for large crops.
 
 python -m variants.dino --recipe recipes/sample.toml
-torchrun -m variants.dino --gpus 4
 """
 
 import copy
@@ -15,17 +14,17 @@ from data.views import View2Config, ViewConfig
 from train_byol import main
 from training.distributed import sum_over_ranks
 from training.method import Method, option
+from variants import blocks
 
 
 class Head(nn.Sequential):
-    """Three layers to a normalised bottleneck; scores are cosines with prototypes (App. C).
+    """Cosines of a normalized bottleneck with k prototypes: (B, d) -> (B, k) (App. C).
 
-    With batch norm, which the authors' code offers: short runs do not begin to learn without.
+    With batch norm, an option of the authors' code without which short runs do not begin to learn.
     """
 
-    def __init__(self, d: int, h: int, scores: int) -> None:
-        block = [m for n in (d, h) for m in (nn.Linear(n, h), nn.BatchNorm1d(h), nn.GELU())]
-        super().__init__(*block, nn.Linear(h, 256), nn.Linear(256, scores, bias=False))
+    def __init__(self, d: int, h: int, k: int) -> None:
+        super().__init__(*blocks(d, h, nn.GELU), nn.Linear(h, 256), nn.Linear(256, k, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         *block, prototypes = self
@@ -35,11 +34,11 @@ class Head(nn.Sequential):
 
 
 class DINO(Method):
-    """Student and teacher; the teacher's centred, sharpened scores are the student's targets.
+    """Student and teacher; the teacher's centered, sharpened scores are the student's targets.
 
-    Rate, decay, areas, temperatures and tau are the authors' for a ResNet-50; prototypes and small
-    crops are fewer.  Left out: warm-up of the teacher's temperature, the first epoch's frozen
-    prototypes, gradient clipping, a schedule of weight decay.
+    Learning rate, decay, areas, temperatures and tau are the authors' for a ResNet-50; prototypes
+    and small crops are fewer.  Left out: warm-up of the teacher's temperature, frozen prototypes in
+    the first epoch, gradient clipping, a schedule of weight decay.
     """
 
     name = "dino"
@@ -57,12 +56,12 @@ class DINO(Method):
         teacher_temperature: float = option(0.04, "of the teacher's softmax", low=0.001)
         base_tau: float = option(0.996, "EMA decay of the teacher at first", low=0, high=1)
 
-    def __init__(self, encoder: nn.Module, config: Config) -> None:
+    def __init__(self, encoder, config):
         super().__init__(encoder, config)
         self.head = Head(encoder.feature_size, config.hidden, config.prototypes)
         self.teacher = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.prototypes))
-        # sum and count of a step: nothing of it outlives the step
+        # sum and count of the teacher's outputs in one step, zero after it
         self.register_buffer("seen", torch.zeros(config.prototypes + 1), persistent=False)
         small = ViewConfig(size=config.local_size, area=[0.05, config.local_area], blur_p=0.5)
         large = dict(area=[config.local_area, 1.0])

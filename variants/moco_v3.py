@@ -1,7 +1,6 @@
 """MoCo v3 (arXiv 2104.02057): a moving target network as in BYOL, a contrast over the batch.
 
 python -m variants.moco_v3 --recipe recipes/sample.toml
-torchrun -m variants.moco_v3 --gpus 4
 """
 
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from training.method import option
 def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
     """2 T cross-entropy of finding each query's key among those of the GLOBAL batch (eq. 1).
 
-    q, k (B, D), of this rank; keys have no gradient.
+    q, k   (B, D) of this rank; keys have no gradient
     """
     q, k = normalize(q, dim=1), gather(normalize(k.detach(), dim=1))
-    own = own_rank() * len(q) + torch.arange(len(q), device=q.device)
-    return 2 * temperature * cross_entropy(q @ k.T / temperature, own)
+    positive = own_rank() * len(q) + torch.arange(len(q), device=q.device)
+    return 2 * temperature * cross_entropy(q @ k.T / temperature, positive)
 
 
 class MoCoV3(BYOL):

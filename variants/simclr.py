@@ -1,13 +1,12 @@
 """SimCLR (arXiv 2002.05709): two views of an image attract, all other images of the batch repel.
 
 python -m variants.simclr --recipe recipes/sample.toml
-torchrun -m variants.simclr --gpus 4
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from byol.byol import mlp
@@ -17,9 +16,9 @@ from training.method import Method, option
 
 
 def nt_xent(z: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of finding the other view among all images of the batch (eq. 1).
+    """Cross-entropy of finding each image's other view in the GLOBAL batch (eq. 1).
 
-    z (2, B, D), this rank's projections; the others' are gathered, with gradients.
+    z   (2, B, D), this rank's projections
     """
     z = normalize(z, dim=2)
     batch = z.shape[1]
@@ -32,9 +31,9 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
 
 
 class SimCLR(Method):
-    """An encoder and a projector, trained by the normalised temperature-scaled cross-entropy.
+    """An encoder and a projector, trained by the normalized temperature-scaled cross-entropy.
 
-    Views are the recipe's; SimCLR's own have twice the colour jitter.
+    Views are the recipe's; the paper's have twice the color jitter.
     """
 
     name = "simclr"
@@ -48,7 +47,7 @@ class SimCLR(Method):
         projection: int = option(128, "output size of the projector", low=1)
         temperature: float = option(0.5, "of the softmax over the batch", low=0.001)
 
-    def __init__(self, encoder: nn.Module, config: Config) -> None:
+    def __init__(self, encoder, config):
         super().__init__(encoder, config)
         self.projector = mlp(encoder.feature_size, config.hidden, config.projection)
 

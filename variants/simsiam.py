@@ -1,7 +1,6 @@
 """SimSiam (arXiv 2011.10566): BYOL's predictor without a moving target.
 
 python -m variants.simsiam --recipe recipes/sample.toml
-torchrun -m variants.simsiam --gpus 4
 """
 
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from train_byol import main
 from training.method import Method, option
+from variants import blocks
 
 
 class SimSiam(Method):
@@ -26,25 +26,22 @@ class SimSiam(Method):
         projection: int = option(2048, "hidden and output size of the projector", low=1)
         hidden: int = option(512, "hidden size of the predictor", low=1)
 
-    def __init__(self, encoder: nn.Module, config: Config) -> None:
+    def __init__(self, encoder, config):
         super().__init__(encoder, config)
-        d = config.projection
-
-        def block(inputs, outputs):
-            return nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs)
-
-        relu = nn.ReLU(inplace=True)
-        self.projector = nn.Sequential(
-            *block(encoder.feature_size, d), relu, *block(d, d), relu, *block(d, d)
-        )
-        self.predictor = nn.Sequential(*block(d, config.hidden), relu, nn.Linear(config.hidden, d))
+        d, h = config.projection, config.hidden
+        hidden = blocks(encoder.feature_size, d, bias=False)
+        self.projector = nn.Sequential(*hidden, nn.Linear(d, d, bias=False), nn.BatchNorm1d(d))
+        hidden = nn.Linear(d, h, bias=False), nn.BatchNorm1d(h), nn.ReLU()
+        self.predictor = nn.Sequential(*hidden, nn.Linear(h, d))
 
     def parameter_groups(self, weight_decay):
-        """Decay on all parameters; the predictor's rate does not fall (Sec. 4.1, App. A)."""
+        """Weight decay on all parameters; the predictor's rate is constant (Sec. 4.1, App. A)."""
         others = [*self.encoder.parameters(), *self.projector.parameters()]
-        decay = {"weight_decay": weight_decay}
-        predictor = {"params": [*self.predictor.parameters()], "constant": True, **decay}
-        return [{"params": others, **decay}, predictor]
+        predictor = [*self.predictor.parameters()]
+        return [
+            {"params": others, "weight_decay": weight_decay},
+            {"params": predictor, "weight_decay": weight_decay, "constant": True},
+        ]
 
     def loss(self, outputs):
         """Mean over both directions of the negative cosine, -1..1 (eq. 2; stop-gradient eq. 3)."""

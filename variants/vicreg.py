@@ -1,7 +1,6 @@
 """VICReg (arXiv 2105.04906): views agree, each feature varies, features do not covary.
 
 python -m variants.vicreg --recipe recipes/sample.toml
-torchrun -m variants.vicreg --gpus 4
 """
 
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from train_byol import main
 from training.distributed import gather
 from training.method import Method, option
+from variants import blocks
 
 
 def variance(z: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def covariance(z: Tensor) -> Tensor:
 
 
 class VICReg(Method):
-    """Variance, invariance and covariance of the views' expansions, without normalisation."""
+    """Variance, invariance and covariance of the views' expansions, without normalization."""
 
     name = "vicreg"
     defaults = {"optim": {"optimizer": "lars", "lr": 0.2, "weight_decay": 1e-6}}  # App. C.1
@@ -40,18 +40,16 @@ class VICReg(Method):
         variance: float = option(25.0, "mu", low=0)
         covariance: float = option(1.0, "nu", low=0)
 
-    def __init__(self, encoder: nn.Module, config: Config) -> None:
+    def __init__(self, encoder, config):
         super().__init__(encoder, config)
-        d, layers, inputs = config.projection, [], encoder.feature_size
-        for _ in range(2):
-            layers += [nn.Linear(inputs, d), nn.BatchNorm1d(d), nn.ReLU(inplace=True)]
-            inputs = d
-        self.projector = nn.Sequential(*layers, nn.Linear(d, d, bias=False))
+        d = config.projection
+        hidden = blocks(encoder.feature_size, d)
+        self.projector = nn.Sequential(*hidden, nn.Linear(d, d, bias=False))
 
     def loss(self, outputs):
-        """The weighted sum over the GLOBAL batch (eq. 6), averaged as in the authors' code.
+        """The weighted sum of three terms over the GLOBAL batch (eq. 6).
 
-        That is: the squared difference over N and D, the variance's hinge over both views.
+        As in the authors' code the variance term is the mean of both views' hinges.
         """
         z1, z2 = gather(outputs["projection"].transpose(0, 1)).unbind(1)
         terms = {

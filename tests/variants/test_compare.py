@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,6 @@ import pytest
 import reproduce
 from core.errors import UserError
 from eval.table import CONTROLS, Cells
-from variants import compare
 
 
 def test_methods_share_budget_and_controls(sample, recipe, tmp_path):
@@ -55,12 +56,12 @@ def test_a_method_without_a_file_is_one_line(recipe, capsys):
     assert stop.value.code == 2 and "no file variants/rotnet.py" in capsys.readouterr().err
 
 
-def test_the_command_of_old_says_what_to_type(capsys):
-    with pytest.raises(SystemExit) as stop:
-        compare.main(["--recipe", "recipes/a b.toml", "--steps", "9"])
-    text = capsys.readouterr().err
-    assert stop.value.code == 2 and "reproduce.py --methods byol simsiam" in text
-    assert "--recipe 'recipes/a b.toml' --steps 9" in text
+def test_the_command_of_old_says_what_to_type():
+    words = [sys.executable, "-m", "variants.compare", "--recipe", "a b.toml", "--steps", "9"]
+    root = Path(reproduce.__file__).parent
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True)
+    assert done.returncode and "reproduce.py --methods byol simsiam" in done.stderr
+    assert "--recipe 'a b.toml' --steps 9" in done.stderr
 
 
 ABLATIONS = """

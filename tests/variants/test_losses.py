@@ -67,7 +67,7 @@ def test_simclr_is_the_mean_over_all_2n_rows(temperature):
 
 
 @pytest.mark.parametrize("spread", [10.0, 1.0, 0.1, 0.01, 0.001])
-def test_barlow_twins_normalises_as_its_authors_do(spread):
+def test_barlow_twins_normalizes_as_its_authors_do(spread):
     """bn(z1).T @ bn(z2) / batch, with a batch norm without scale and offset."""
     z, weight = spread * vectors(2, 7, 3) + 5, 0.01
     bn = nn.BatchNorm1d(3, affine=False).double()
