@@ -43,7 +43,7 @@ MUTATIONS = {
         "training/loop.py", "outputs = at_least_float32(outputs)", "pass", f"{LOOP} -k float32"),
     "loss inside autocast": (
         "training/loop.py", "loss, logs = method.loss(outputs, *known)",
-        "with precision.autocast():\n                    loss, logs = method.loss(outputs, *known)",
+        "with precision.autocast():\n                loss, logs = method.loss(outputs, *known)",
         f"{LOOP} -k float32"),
     # networks
     "batch norm over both views at once": (
@@ -73,26 +73,26 @@ MUTATIONS = {
         "byol/byol.py", "tau = target_decay(tau, progress)", "pass",
         f"{BYOL} -k moving_average_of_the_new"),
     "tau by the epoch": (
-        "training/loop.py", "method.after_step(k / total)",
-        "method.after_step(k // loader.steps_per_epoch * loader.steps_per_epoch / total)",
+        "training/loop.py", "progress=k / total",
+        "progress=k // loader.steps_per_epoch * loader.steps_per_epoch / total",
         f"{LOOP} -k rate_and_progress"),
     "tau from the start after a resume": (
-        "training/loop.py", "method.after_step(k / total)",
-        "method.after_step((k - start) / total)", f"{LOOP} -k part_of_the_schedule"),
+        "training/loop.py", "progress=k / total",
+        "progress=(k - start) / total", f"{LOOP} -k part_of_the_schedule"),
     "average in bf16": (
         "byol/byol.py", "torch._foreach_lerp_(target, online, 1 - tau)",
         "for t, o in zip(target, online):\n"
         "            t.copy_(t.bfloat16().lerp(o.bfloat16(), 1 - tau))", f"{BYOL} -k small_moves"),
     "average under a skipped step": (
-        "training/loop.py", "        if applied:\n", "        if True:\n",
+        "training/loop.py", "    if applied:\n", "    if True:\n",
         f"{LOOP} -k skipped_step"),
     "average at each micro-batch": (
         "training/loop.py", "loss_of_step = loss_of_step + loss.detach()",
-        "loss_of_step = loss_of_step + loss.detach()\n            method.after_step(k / total)",
+        "loss_of_step = loss_of_step + loss.detach()\n        method.after_step(progress)",
         f"{LOOP} -k accumulation"),
     "average before the optimizer's step": (
         "training/loop.py", "applied = precision.step(optimizer)",
-        "method.after_step(k / total); applied = precision.step(optimizer)", f"{GOLDEN}"),
+        "method.after_step(progress); applied = precision.step(optimizer)", f"{GOLDEN}"),
     # schedules
     "cosine over a wrong total": (
         "training/loop.py", "(step - warmup) / (total - warmup)", "(step - warmup) / total",

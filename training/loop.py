@@ -19,10 +19,7 @@ FORWARD = 3  # stream of random numbers; the loader has 1 and 2
 
 
 def warmup_steps(warmup_epochs: float, steps_per_epoch: int, total: int) -> int:
-    """W: the warm-up's steps as they are asked for, but at most half of the run.
-
-    The shortest of the authors' presets, 40 epochs, warms up for a quarter of it.
-    """
+    """Length of the warm-up in steps, at most half of the run."""
     return min(round(warmup_epochs * steps_per_epoch), total // 2)
 
 
@@ -34,18 +31,21 @@ def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
 
 
 def peak_rate(optimizer: str, lr: float, batch_size: int) -> float:
-    """The actual learning rate: lr x batch / 256 for lars and sgd (Sec. 3.3), lr for adamw."""
+    """The learning rate after the warm-up: lr x batch / 256 (Sec. 3.3), but lr for adamw."""
     return lr if optimizer == "adamw" else lr * batch_size / 256
 
 
 def pick_precision(name: str, device: torch.device) -> str:
     """auto -> bf16 where the processor has it natively, fp16 on older GPUs, fp32 on older CPUs."""
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        native, other = torch.cuda.get_device_capability(device) >= (8, 0), "fp16"
         if name == "bf16" and not native:
             raise UserError("--precision bf16: this GPU has none; use fp16 or fp32")
-        return name if name != "auto" else ("bf16" if native else "fp16")
-    return name if name != "auto" else ("bf16" if cpu_has_bf16() else "fp32")
+    else:
+        native, other = cpu_has_bf16(), "fp32"
+    if name == "auto":
+        return "bf16" if native else other
+    return name
 
 
 def cpu_has_bf16() -> bool:
@@ -55,22 +55,22 @@ def cpu_has_bf16() -> bool:
 
 
 class Precision:
-    """Autocast and gradient scaling of one run; state_dict holds the scaler's state."""
+    """Autocast and gradient scaling of one run; its state is the scaler's."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
-    def autocast(self):
-        """Context for the network's forward pass; nothing else belongs in it."""
+    def autocast(self) -> torch.autocast:
+        """Context for the networks' forward pass; nothing else belongs in it."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of the scaled loss."""
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer) -> bool:
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
         """The optimizer's step; False where the scaler skipped it (reads the device, fp16 only)."""
         before = self.scaler.get_scale()
         self.scaler.step(optimizer)
@@ -81,7 +81,7 @@ class Precision:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """An empty state (from a run without scaler) leaves the scaler as it starts."""
+        """Take over the scaler's state; a run without scaler has saved an empty one."""
         if state:
             self.scaler.load_state_dict(state)
 
@@ -110,6 +110,30 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
+def train_step(
+    model: nn.Module, loader, optimizer, precision: Precision, k: int, progress: float
+) -> tuple[Tensor, dict[str, Tensor | float], bool]:
+    """Forward, backward, optimizer, `after_step`: the loss, what to log, whether it was applied."""
+    method, loss_of_step = unwrap(model), 0.0
+    model.train()
+    seed_step(loader.seed, k, loader.rank)
+    for part, (views, labels) in enumerate(loader.batches(k)):
+        with no_sync(model, skip=part + 1 < loader.accumulate):
+            with precision.autocast():
+                outputs = model(*views)
+            outputs = at_least_float32(outputs)
+            known = (labels,) if method.uses_labels else ()
+            loss, logs = method.loss(outputs, *known)
+            loss = loss / loader.accumulate
+            precision.backward(loss)
+        loss_of_step = loss_of_step + loss.detach()
+    applied = precision.step(optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    if applied:
+        logs = logs | method.after_step(progress)
+    return loss_of_step, logs, applied
+
+
 def train_steps(
     model: nn.Module,
     loader,
@@ -125,39 +149,14 @@ def train_steps(
     """Train steps start .. min(stop, total)-1 of a schedule over `total`; yield after each.
 
     model      a Method, or DDP around one
-    loader     gives batches(step), steps_per_epoch, batch_size, accumulate, seed, rank
-    peak       the rate after `warmup` steps
+    loader     has batches(step), steps_per_epoch, batch_size, accumulate, seed, rank
+    peak       the learning rate after `warmup` steps
     A step that the gradient scaler skips advances the index and changes nothing else.
     """
-    method = unwrap(model)
     for k in range(start, min(stop or total, total)):
         lr = learning_rate(peak, k, warmup, total)
         for group in optimizer.param_groups:
             group["lr"] = peak if group.get("constant") else lr
-        model.train()
-        seed_step(loader.seed, k, loader.rank)
-        loss_of_step = 0.0
-        for part, (views, labels) in enumerate(loader.batches(k)):
-            with no_sync(model, skip=part + 1 < loader.accumulate):
-                with precision.autocast():
-                    outputs = model(*views)
-                outputs = at_least_float32(outputs)
-                known = (labels,) if method.uses_labels else ()
-                loss, logs = method.loss(outputs, *known)
-                loss = loss / loader.accumulate
-                precision.backward(loss)
-            loss_of_step = loss_of_step + loss.detach()
-        applied = precision.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-        if applied:
-            logs = logs | method.after_step(k / total)
-        yield Step(
-            index=k,
-            total=total,
-            epoch=k // loader.steps_per_epoch,
-            loss=loss_of_step,
-            logs=logs,
-            lr=lr,
-            images=loader.batch_size,
-            applied=applied,
-        )
+        loss, logs, applied = train_step(model, loader, optimizer, precision, k, progress=k / total)
+        epoch = k // loader.steps_per_epoch
+        yield Step(k, total, epoch, loss, logs, lr, loader.batch_size, applied)

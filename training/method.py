@@ -1,6 +1,6 @@
-"""The seam: what a self-supervised method (or the supervised classifier) has to be.
+"""The interface that every method implements, self-supervised or the supervised classifier.
 
-The loop, the checkpoints and the evaluation know this class and nothing else of a method.
+Loop, checkpoints and evaluation use nothing else of a method.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttentio
 
 
 class Method(nn.Module):
-    """Everything that is trained, and everything that a checkpoint must hold.
+    """The networks and the loss of one method.
 
-    All state lives in parameters and buffers; all randomness comes from torch's global generator,
-    which the loop seeds anew for each step.
+    All state is in parameters and buffers, which a checkpoint holds; all randomness comes from
+    torch's global generator, which the loop seeds anew for each step.
     """
 
     name: str = ""  # the recipe's table and the run folder's default name
     defaults: dict = {}  # tables laid over the shared defaults, e.g. {"optim": {"lr": 0.05}}
     uses_labels: bool = False  # then loss(outputs, labels); a label of -1 means unknown
-    views: tuple | None = None  # None: the recipe's view1 and view2; or own ViewConfigs
+    views: tuple | None = None  # ViewConfigs; None: the recipe's view1 and view2
 
     @dataclass
     class Config:
@@ -37,46 +37,39 @@ class Method(nn.Module):
         self.config = config
 
     def forward(self, *views: Tensor) -> dict[str, Tensor]:
-        """The networks' outputs, each stacked over views: (V, B, D).
+        """The networks' outputs by name, each stacked over views: (V, B, D).
 
-        Runs inside DDP and autocast, once for all views; each view passes by itself, so that batch
-        statistics are per view.  Here: encoder, `projector`, then `predictor`, the last two where
-        the method has them (not None), as representation, projection and prediction.
+        Runs in DDP and autocast, once for all views; each view passes the networks by itself, so
+        that batch statistics are per view.  By default the outputs are `representation`, and
+        `projection` and `prediction` where the method has a `projector` and a `predictor`.
         """
-        outputs = {"representation": [self.encoder(view) for view in views]}
-        before = "representation"
+        outputs = [self.encoder(view) for view in views]
+        stacked = {"representation": torch.stack(outputs)}
         for name, head in (("projection", "projector"), ("prediction", "predictor")):
             if getattr(self, head, None) is not None:
-                outputs[name] = [getattr(self, head)(x) for x in outputs[before]]
-                before = name
-        return {name: torch.stack(values) for name, values in outputs.items()}
+                outputs = [getattr(self, head)(x) for x in outputs]
+                stacked[name] = torch.stack(outputs)
+        return stacked
 
     def loss(self, outputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise and what else to log; runs outside DDP and autocast.
-
-        The outputs arrive in float32 at least.
-        """
+        """The scalar to minimize, and tensors to log; outside DDP and autocast, in float32."""
         raise NotImplementedError
 
     def after_step(self, progress: float) -> dict[str, float]:
-        """Called after each applied optimizer step with progress = k/K in [0, 1); what to log."""
+        """Called after each applied optimizer step k of K with progress = k/K; what to log."""
         return {}
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Optimizer groups, see `groups_by_kind`.
-
-        A group with "constant": True keeps the peak of the rate.
-        """
+        """Optimizer groups; one with "constant": True has the peak learning rate at every step."""
         return groups_by_kind(self, weight_decay)
 
 
 def groups_by_kind(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups of a module's trained parameters: kernels, and all others.
+    """Two optimizer groups of a module's trained parameters: kernels, and all others.
 
     Kernels are the weights of linear layers, convolutions and attention.  The others get no weight
-    decay and no LARS adaptation: biases, norms, and what a transformer or fork has besides (class
-    tokens, position embeddings, layer scale, prototypes).  As in BYOL's code, which goes by the
-    names of its layers.
+    decay and no LARS adaptation: biases, norms, and what a transformer has besides (class tokens,
+    position embeddings, layer scale).
     """
     kernels = {
         id(parameter)
@@ -95,10 +88,5 @@ def groups_by_kind(module: nn.Module, weight_decay: float) -> list[dict]:
 
 def at_least_float32(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The outputs of a forward pass as the loss gets them: half precisions become float32."""
-    for name, value in outputs.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"forward gave a {type(value).__name__} as {name}, not a tensor (V, B, D)"
-            )
     half = (torch.float16, torch.bfloat16)
     return {k: v.float() if v.dtype in half else v for k, v in outputs.items()}

@@ -113,20 +113,14 @@ def test_a_parameter_that_no_group_has_is_named(sample, recipe, tmp_path, capsys
     assert not torch.equal(before, after)
 
 
-def test_mistakes_of_a_method_are_told(sample, recipe, tmp_path, capsys):
+def test_an_unknown_table_of_defaults_is_named(recipe, tmp_path, capsys):
     class Unknown(BYOL):
         defaults = {"optimizer": {"lr": 1.0}}
-
-    class Unstacked(BYOL):
-        def forward(self, *views):
-            return super().forward(*views) | {"extra": list(views)}
 
     flags = ["--recipe", recipe, "--quiet", "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit):
         train_byol.main(Unknown, flags)
     assert "defaults: unknown table optimizer; did you mean optim?" in capsys.readouterr().err
-    with pytest.raises(TypeError, match="forward gave a list as extra, not a tensor"):
-        train_byol.main(Unstacked, flags)
 
 
 class OwnEncoder(nn.Module):
