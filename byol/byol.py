@@ -29,8 +29,8 @@ def target_decay(base_tau: float, progress: float) -> float:
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Linear - BatchNorm - ReLU - Linear without bias: projector and predictor (Sec. 3.3).
 
-    The output is not normalised.  Weights start as in the authors' code (haiku's default): normal
-    with scale 1/sqrt(fan_in), cut at two of them, which leaves 0.88 of it as standard deviation.
+    The output is not normalized.  Weights start as in the authors' code (haiku's default): normal
+    with scale 1/sqrt(fan_in), cut at two scales, which leaves a standard deviation of 0.88 scale.
     """
     layers = nn.Sequential(
         nn.Linear(inputs, hidden),
@@ -46,7 +46,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class BYOL(Method):
-    """An online network learns to predict what its own moving average makes of another view."""
+    """An online network predicts the projection of another view by its moving average."""
 
     name = "byol"
 

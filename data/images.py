@@ -8,10 +8,10 @@ from core.device import CPU, fits_on, to_device
 
 
 class Images:
-    """N images of one size, RGB or grey, read by index.
+    """N images of one size, RGB or gray, read by index.
 
-    parts          arrays (n, C, H, W) of uint8 with C = 1 or 3, laid end to end; or one tensor in a
-                   device's memory, where they are then gathered
+    parts          arrays (n, C, H, W) of uint8 with C = 1 or 3, one after another; or one tensor
+                   in a device's memory
     column_major   the arrays are (n, C, W, H) instead, as STL-10's files are
     index          which of the images, in which order; None for all
     """
@@ -30,14 +30,14 @@ class Images:
         return (width, height) if self.column_major else (height, width)
 
     @property
-    def grey(self) -> bool:
+    def gray(self) -> bool:
         """Whether they are stored with one channel."""
         return self.parts[0].shape[1] == 1
 
     def gather(self, indices: np.ndarray, device: torch.device = CPU) -> Tensor:
-        """The images at `indices` on `device`: (B, 3, H, W) uint8; grey ones thrice their channel.
+        """The images at `indices` on `device`: (B, 3, H, W) uint8.
 
-        They travel as they are stored: a grey image has one channel on its way.
+        A gray image is copied to the device as one channel, and repeated there.
         """
         images = self._stored(indices, device)
         if self.column_major:
@@ -53,15 +53,16 @@ class Images:
             pixels = self.parts[0][indices]
         else:
             pixels = np.empty((len(indices), *self.parts[0].shape[1:]), np.uint8)
-            for part, start, stop in zip(self.parts, self.offsets, self.offsets[1:], strict=False):
-                inside = (indices >= start) & (indices < stop)
+            for part, start in zip(self.parts, self.offsets, strict=False):
+                inside = (indices >= start) & (indices < start + len(part))
                 pixels[inside] = part[indices[inside] - start]
         return to_device(np.ascontiguousarray(pixels), device)
 
     def resident(self, device: torch.device, when: str, block: int = 1024) -> "Images":
-        """A copy whose pixels lie in the device's memory; `when`: always, never, auto = if it fits.
+        """The same images in the device's memory, so that a GPU waits for no disk and no bus.
 
-        A GPU then waits for no disk and no bus.
+        when   always, never (then these images), or auto: if they take less than half of a GPU's
+               free memory
         """
         shape = self.parts[0].shape[1:]
         if when == "never" or (when == "auto" and not fits_on(device, len(self) * np.prod(shape))):
@@ -73,7 +74,7 @@ class Images:
         return Images([pixels], self.column_major)
 
     def subset(self, index: np.ndarray) -> "Images":
-        """The images at `index` as a set of their own; nothing is copied."""
+        """The images at `index`, as Images; no pixel is copied."""
         index = np.asarray(index)
         index = index if self.index is None else self.index[index]
         return Images(self.parts, self.column_major, index)

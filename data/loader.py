@@ -1,28 +1,30 @@
-"""The loader: a pure function of the step index, without worker processes.
+"""Batches of views as a pure function of the step index, without worker processes.
 
-An epoch's order comes from (seed, epoch).  Step k takes a contiguous block of the GLOBAL batch of
-it, micro-batches are contiguous blocks of that, a rank takes its slice inside each.  The views'
-random numbers of step k are drawn for the global batch from (seed, stream, k).  So the images and
-pixels are the same for any number of processes, and a resume needs the step alone.
+An epoch's order comes from (seed, epoch).  Step k takes a block of it, the GLOBAL batch; that is
+cut into micro-batches, and these into one slice for each rank.  The views' random numbers are drawn
+for the global batch from (seed, stream, k).  So images and pixels are the same for any number of
+processes, and a resume needs the step alone.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from core.device import CPU, to_device
 from core.errors import UserError
 from data.images import Images
 from data.transform import EvalTransform, warn_enlarged
-from data.views import ViewConfig, apply, draw, normalise
+from data.views import ViewConfig, apply, draw, normalize
 
 ORDER, VIEWS = 1, 2  # streams of random numbers
 
 
 def generator(seed: int, stream: int, step: int) -> np.random.Generator:
-    """SeedSequence mixes the three, where a sum would make seeds and steps collide."""
+    """NumPy's generator for one step; SeedSequence mixes the three, whose sums would collide."""
     return np.random.default_rng(np.random.SeedSequence([seed, stream, step]))
 
 
@@ -31,9 +33,9 @@ class Loader:
     """Micro-batches of views for each step.
 
     images, labels   what to train on; labels may be None
-    views            one ViewConfig for each view; crop_size where they name no size
+    views            one ViewConfig for each view; crop_size where it has no size
     batch_size       GLOBAL, cut into `accumulate` micro-batches, each shared by the processes
-    mean, std        three floats each
+    mean, std        of the three channels, in 0..1
     rank             of this process among `world_size`; its views are made on `device`
     """
 
@@ -53,16 +55,23 @@ class Loader:
 
     @classmethod
     def of(cls, config, images, labels, views, transform: EvalTransform, processes) -> "Loader":
-        """As the sections data, optim and run say, normalized as for evaluation.
-
-        processes   with device, rank and world_size of this one
-        """
-        o, p, size = config.optim, processes, config.data.crop_size
-        warn_enlarged(max(view.size or size for view in views), min(images.shape))
-        images = images.resident(p.device, config.run.data_on_device)
-        settings = images, labels, views, size, o.batch_size, transform.mean, transform.std
-        ours = config.run.seed, o.accumulate, p.device, p.rank, p.world_size
-        return cls(*settings, *ours)
+        """A loader as [data], [optim] and [run] say, for the rank and device of `processes`."""
+        crop_size, device = config.data.crop_size, processes.device
+        warn_enlarged(max(view.size or crop_size for view in views), min(images.shape))
+        return cls(
+            images=images.resident(device, config.run.data_on_device),
+            labels=labels,
+            views=views,
+            crop_size=crop_size,
+            batch_size=config.optim.batch_size,
+            mean=transform.mean,
+            std=transform.std,
+            seed=config.run.seed,
+            accumulate=config.optim.accumulate,
+            device=device,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
 
     def __post_init__(self) -> None:
         parts = self.accumulate * self.world_size
@@ -78,57 +87,53 @@ class Loader:
         for number, view in enumerate(self.views, 1):
             view.check(f"view{number}")
         self.steps_per_epoch = len(self.images) // self.batch_size
-        self._order = (-1, None)
-        as_tensor = dict(dtype=self.dtype, device=self.device)
-        self._mean, self._std = (torch.tensor(v, **as_tensor) for v in (self.mean, self.std))
+        self._epoch = -1  # whose order is in self._order
+        self._mean = torch.tensor(self.mean, dtype=self.dtype, device=self.device)
+        self._std = torch.tensor(self.std, dtype=self.dtype, device=self.device)
 
     def indices(self, step: int) -> np.ndarray:
         """The images of the global batch of a step, (batch_size,)."""
         epoch, block = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, generator(self.seed, ORDER, epoch).permutation(len(self.images)))
-        return self._order[1][block * self.batch_size : (block + 1) * self.batch_size]
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = generator(self.seed, ORDER, epoch).permutation(len(self.images))
+        return self._order[block * self.batch_size : (block + 1) * self.batch_size]
 
-    def batches(self, step: int):
-        """Yield (views, labels) of this rank for each micro-batch; views is a tuple of tensors."""
-        indices = self.indices(step)
-        rng = generator(self.seed, VIEWS, step)
-        height, width = self.images.shape
-        drawn = [draw(view, self.batch_size, height, width, rng) for view in self.views]
+    def batches(self, step: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+        """Yield (views, labels) of this rank for each micro-batch."""
+        indices, drawn = self.indices(step), self._draw(step)
         micro = self.batch_size // self.accumulate
         share = micro // self.world_size
         for first in range(self.rank * share, self.batch_size, micro):
-            mine = slice(first, first + share)
-            pixels = self.images.gather(indices[mine], self.device)
-            parameters = [{k: v[mine] for k, v in d.items()} for d in drawn]
-            yield self.make_views(pixels, parameters), self._labels(indices[mine])
+            part = slice(first, first + share)
+            pixels, labels = self.images.gather(indices[part], self.device), None
+            if self.labels is not None:
+                labels = to_device(self.labels[indices[part]], self.device)
+            yield self.make_views(pixels, drawn, part), labels
 
     def preview(self, count: int = 16) -> Tensor:
         """The first step's views of `count` images: a row a view, (3, rows, columns) in 0..1."""
-        rng = generator(self.seed, VIEWS, 0)
-        drawn = [draw(view, self.batch_size, *self.images.shape, rng) for view in self.views]
         pixels = self.images.gather(self.indices(0)[:count], self.device)
-        views = self.make_views(pixels, [{k: v[:count] for k, v in d.items()} for d in drawn])
-        side, rows = max(view.shape[2] for view in views), []
-        for view in views:
-            x = (view * self._std.view(3, 1, 1) + self._mean.view(3, 1, 1)).clamp(0, 1)
-            x = torch.nn.functional.interpolate(x, (side, side))  # smaller crops as large as others
-            rows.append(torch.cat(list(x), 2))
-        return torch.cat(rows, 1).cpu()
+        views = self.make_views(pixels, self._draw(0), slice(count))
+        side = max(view.shape[2] for view in views)  # smaller crops are enlarged to it
+        x = torch.cat([torch.nn.functional.interpolate(view, (side, side)) for view in views])
+        x = (x * self._std.view(3, 1, 1) + self._mean.view(3, 1, 1)).clamp(0, 1)
+        return make_grid(x, nrow=len(pixels), padding=0).cpu()
+
+    def _draw(self, step: int) -> list[dict]:
+        """The random numbers of each view, for the global batch of a step."""
+        rng = generator(self.seed, VIEWS, step)
+        return [draw(view, self.batch_size, *self.images.shape, rng) for view in self.views]
 
     @torch.no_grad()
-    def make_views(self, pixels: Tensor, parameters: list[dict]) -> tuple[Tensor, ...]:
-        """Normalised views of uint8 images by what `draw` drew for each of `views`."""
-        return tuple(
-            normalise(
-                apply(pixels, view, drawn, view.size or self.crop_size, self.dtype),
-                self._mean,
-                self._std,
-            )
-            for view, drawn in zip(self.views, parameters, strict=True)
-        )
+    def make_views(self, pixels, drawn: list[dict], part=slice(None)) -> tuple[Tensor, ...]:
+        """Normalized views of uint8 images by what `draw` drew for them, or for more images.
 
-    def _labels(self, indices: np.ndarray) -> Tensor | None:
-        if self.labels is None:
-            return None
-        return to_device(self.labels[indices], self.device)
+        part   where these images are among those that `drawn` is for
+        """
+        normalized = []
+        for view, numbers in zip(self.views, drawn, strict=True):
+            numbers = {name: values[part] for name, values in numbers.items()}
+            x = apply(pixels, view, numbers, view.size or self.crop_size, self.dtype)
+            normalized.append(normalize(x, self._mean, self._std))
+        return tuple(normalized)

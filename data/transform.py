@@ -1,4 +1,4 @@
-"""How images are brought to an encoder in evaluation."""
+"""How images become an encoder's inputs in evaluation."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from core.errors import UserError, warn_once
 from data.datasets import DataConfig
-from data.views import normalise
+from data.views import normalize
 
 
 def frame(images: Tensor, size: int, crop: int) -> Tensor:
-    """Evaluation geometry: short side to `size`, centre square of `crop`; 0 for either: as it is.
+    """Resize the short side to `size`, then crop the center square of `crop`; 0 leaves it as it is.
 
     (B, 3, H, W) uint8 -> (B, 3, h, w) float32 in 0..1, bicubic and antialiased.
     """
@@ -26,7 +26,7 @@ def frame(images: Tensor, size: int, crop: int) -> Tensor:
 
 
 def eval_sizes(data: DataConfig, shape: tuple[int, int]) -> tuple[int, int]:
-    """Short side and centre square for `frame`, as [data] says for images of `shape`."""
+    """`size` and `crop` of `frame`, as [data] says for images of `shape`."""
     if data.eval_size:
         if data.eval_size < data.crop_size:
             raise UserError(
@@ -37,7 +37,7 @@ def eval_sizes(data: DataConfig, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def warn_enlarged(side: int, stored: int) -> None:
-    """Say, once, that images with a short side of `stored` pixels are enlarged to `side`."""
+    """Warn, once, where images with a short side of `stored` pixels are enlarged to `side`."""
     if side > stored:
         text = f"images of {stored} pixels are enlarged to {side}: lower --crop-size"
         warn_once(f"{text}, or raise --store-size of a folder")
@@ -45,11 +45,11 @@ def warn_enlarged(side: int, stored: int) -> None:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize, centre crop and normalization of an encoder's inputs in evaluation.
+    """Resize, center crop and normalization of an encoder's inputs in evaluation.
 
     mean, std    of the three channels, in 0..1
-    size, crop   short side and centre square, pixels; 0 for either: as it is
-    stored       short side that images are brought to before, pixels, as a data set packs them
+    size, crop   short side and center square in pixels, see `frame`
+    stored       short side in pixels to which images are resized before, when a data set is packed
     """
 
     mean: list[float]
@@ -67,23 +67,17 @@ class EvalTransform:
 
     @classmethod
     def from_meta(cls, meta: dict) -> "EvalTransform":
-        """As an encoder.pt says.
-
-        Files of older code have no `frame`, they were evaluated as stored, or no `stored`.
-        """
+        """As the meta of an encoder.pt says; that of older code has no `frame` or no `stored`."""
         stored = meta["stored"] if "stored" in meta else meta["crop_size"]
         return cls(meta["mean"], meta["std"], *meta.get("frame", (0, 0)), stored)
 
     def meta(self) -> dict:
-        """What an encoder.pt says of it."""
+        """What the meta of an encoder.pt holds of it."""
         frame = [self.size, self.crop]
         return {"mean": self.mean, "std": self.std, "stored": self.stored, "frame": frame}
 
     def __call__(self, images) -> Tensor:
-        """A PIL image, or uint8 (3, H, W) or (B, 3, H, W) as stored -> (B, 3, h, w) float32.
-
-        A tensor stays on its device.
-        """
+        """A PIL image, or uint8 (3, H, W) or (B, 3, H, W) as stored -> (B, 3, h, w) float32."""
         if not isinstance(images, Tensor):
             from data.decode import square  # Pillow is slow to import
 
@@ -92,4 +86,4 @@ class EvalTransform:
             raise TypeError(f"expected an image or uint8 pixels, not {images.dtype}")
         images = images if images.ndim == 4 else images[None]
         mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
-        return normalise(frame(images, self.size, self.crop), mean, std)
+        return normalize(frame(images, self.size, self.crop), mean, std)

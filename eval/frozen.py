@@ -60,4 +60,4 @@ def pixels(images: Images, side: int = 32) -> Tensor:
         rows = np.arange(first, min(first + 1024, len(images)))
         blocks.append(frame(images.gather(rows), min(side, height), 0))
     x = torch.cat(blocks)
-    return (x[:, :1] if images.grey else x).flatten(1)
+    return (x[:, :1] if images.gray else x).flatten(1)

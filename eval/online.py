@@ -120,9 +120,7 @@ class OnlineEval:
         for start in range(0, count, block):
             rows = slice(start, min(start + block, count))
             pixels = self.watched.gather(np.arange(count)[rows], self.processes.device)
-            views = self.loader.make_views(
-                pixels, [{k: v[rows] for k, v in d.items()} for d in drawn]
-            )
+            views = self.loader.make_views(pixels, drawn, rows)
             blocks.append({k: x.float().cpu() for k, x in method(*views).items() if k in NAMES})
         method.train(was_training)
         return {name: torch.cat([b[name] for b in blocks], 1) for name in blocks[0]}

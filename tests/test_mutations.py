@@ -136,20 +136,18 @@ MUTATIONS = {
         "data/views.py", "drawn[name] = rng.random(count) <",
         "drawn[name] = np.full(count, rng.random()) <", f"{VIEWS} -k gets_its_own"),
     "the same draw for both views": (
-        "data/loader.py", "draw(view, self.batch_size, height, width, rng)",
-        "draw(view, self.batch_size, height, width, generator(self.seed, VIEWS, step))",
+        "data/loader.py", "draw(view, self.batch_size, *self.images.shape, rng)",
+        "draw(view, self.batch_size, *self.images.shape, generator(self.seed, VIEWS, step))",
         f"{LOADER} -k differ"),
-    "no normalisation": (
+    "no normalization": (
         "data/views.py", "x = x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))", "pass",
-        f"{VIEWS} {LOADER} -k normalise"),
-    "grey before the colours": (
+        f"{VIEWS} {LOADER} -k normalize"),
+    "gray before the colors": (
         "data/views.py",
-        "    colour_jitter(x, view, drawn, t)\n"
-        '    for chosen in _where(drawn["grey"], device):\n'
-        "        x[chosen] = grey(x[chosen]).expand(-1, 3, -1, -1)\n",
-        '    for chosen in _where(drawn["grey"], device):\n'
-        "        x[chosen] = grey(x[chosen]).expand(-1, 3, -1, -1)\n"
-        "    colour_jitter(x, view, drawn, t)\n", f"{GOLDEN}"),
+        "    color_jitter(x, view, drawn, t)\n"
+        '    change(x, drawn["grey"], luma)\n',
+        '    change(x, drawn["grey"], luma)\n'
+        "    color_jitter(x, view, drawn, t)\n", f"{GOLDEN}"),
     "one crop for the whole batch": (
         "data/views.py", "rng.uniform(*view.area, count)", "rng.uniform(*view.area)",
         f"{VIEWS} -k gets_its_own"),

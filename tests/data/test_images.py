@@ -38,7 +38,7 @@ def test_column_major_files_are_turned_upright(parts):
     assert np.array_equal(images.gather(np.arange(4)).numpy(), upright)
 
 
-def test_grey_images_get_three_equal_channels():
+def test_gray_images_get_three_equal_channels():
     array = pixels(3, channels=1)
     got = Images([array]).gather(np.array([2, 1]))
     assert got.shape == (2, 3, 4, 6)
@@ -86,7 +86,7 @@ def test_resident_images_are_the_same_images():
     images = Images([stored[:3], stored[3:]], column_major=True).subset(np.array([6, 0, 2, 4, 5]))
     resident = images.resident(CPU, "always", block=2)
     assert isinstance(resident.parts[0], torch.Tensor) and len(resident) == 5
-    assert resident.shape == images.shape and resident.grey
+    assert resident.shape == images.shape and resident.gray
     order = np.array([4, 0, 3, 3])
     assert torch.equal(resident.gather(order), images.gather(order))
     assert torch.equal(

@@ -130,7 +130,7 @@ def test_the_global_generators_of_torch_and_numpy_play_no_part():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_views_are_normalised_sized_and_without_gradient():
+def test_views_are_normalized_sized_and_without_gradient():
     views = (STILL, dataclasses.replace(STILL, size=20))
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 2.0]
     ((first, second), labels), = loader(views=views, mean=mean, std=std).batches(0)  # fmt: skip

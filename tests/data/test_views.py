@@ -6,22 +6,21 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from core.errors import UserError
-from data import views
 from data.transform import frame
-from data.views import View2Config, ViewConfig, apply, draw, normalise
+from data.views import View2Config, ViewConfig, apply, blur, draw, normalize
 
 TAPS = {96: 9, 64: 7, 48: 5, 32: 3, 28: 3, 224: 23}  # the specification's 2 * int(size / 20) + 1
 CLOSE = dict(atol=1e-5, rtol=0)
 
 
 def photographs(count, height, width, seed=0):
-    """Noise of all scales, with grey, black, white and saturated images among it."""
+    """Noise of all scales, with gray, black, white and saturated images among it."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, 3, height, width), dtype=np.uint8)
     smooth = torch.from_numpy(rng.integers(0, 256, (count, 3, 4, 5))).float()
     smooth = torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear")
     images[::2] = smooth[::2].numpy().astype(np.uint8)
-    images[1, 1:] = images[1, :1]  # grey: its hue is undefined
+    images[1, 1:] = images[1, :1]  # gray: its hue is undefined
     images[2], images[3] = 0, 255
     images[4, 1:] = 0  # pure red
     return torch.from_numpy(images)
@@ -117,8 +116,10 @@ def test_extreme_crops(top, left, h, w):
 
 @pytest.mark.parametrize("size, taps", [(224, 23), (64, 7), (32, 3)])
 def test_taps_of_the_blur(size, taps):
-    matrix = views.blur_matrix(torch.tensor([1.5]), size, 2 * (size // 20) + 1, torch.float32)[0]
-    assert int((matrix[size // 2] > 0).sum()) == taps == TAPS[size]
+    point = torch.zeros(1, 3, size, size)
+    point[:, :, size // 2, size // 2] = 1
+    blurred = blur(point, torch.full((1, 1, 1, 1), 1.5))
+    assert int((blurred[0, 0, size // 2] > 0).sum()) == taps == TAPS[size]
 
 
 def test_values_stay_in_range_and_the_source_is_untouched():
@@ -148,11 +149,11 @@ def test_a_batch_is_the_same_as_its_images_alone():
         torch.testing.assert_close(apply(images[n : n + 1], view, alone, 32)[0], whole[n], **CLOSE)
 
 
-def test_normalise_comes_last_and_is_per_channel():
+def test_normalize_comes_last_and_is_per_channel():
     x = torch.rand(2, 3, 4, 4)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.4, 0.2])
     expected = F.normalize(x, mean.tolist(), std.tolist())
-    got = normalise(x.clone(), mean, std)
+    got = normalize(x.clone(), mean, std)
     torch.testing.assert_close(got, expected, **CLOSE)
     assert got.is_contiguous(memory_format=torch.channels_last)
 
