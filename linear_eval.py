@@ -21,7 +21,7 @@ from data.labelled import Split, each_fold, evaluation
 from eval.augmented import AugmentedConfig, fit_augmented
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.frozen import Features, FrozenEncoder
-from eval.knn import euclidean_knn_top1, knn_top1
+from eval.knn import knn_top1
 from eval.protocols import of_head, over_folds, record
 from eval.trained import CkptConfig, ckpt_config, folder_beside, from_config, prepare
 from training.checkpoints import save_file
@@ -130,7 +130,7 @@ def evaluate(config, frozen: FrozenEncoder, features: Features, split: Split):
         known = features(split.train), torch.from_numpy(split.train.labels), test, truth
         few, usual, many = (min(k, len(split.train)) for k in (5, 20, 200))
         figures = {f"cosine_{k}nn": round(knn_top1(*known, k=k), 4) for k in (few, usual, many)}
-        figures[f"euclidean_{few}nn"] = round(euclidean_knn_top1(*known, k=few), 4)
+        figures[f"euclidean_{few}nn"] = round(knn_top1(*known, k=few, euclidean=True), 4)
         return {"top1": figures[f"cosine_{usual}nn"], **figures}, None
     if config.protocol == "augmented":
         crop, seed = config.data.crop_size, config.run.seed

@@ -1,7 +1,8 @@
-"""k-nearest-neighbour accuracy on frozen features."""
+"""k-nearest-neighbor accuracy on frozen features."""
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 
 def knn_top1(
@@ -12,43 +13,24 @@ def knn_top1(
     *,
     k: int = 20,
     temperature: float = 0.07,
+    euclidean: bool = False,
     block: int = 512,
 ) -> float:
-    """Top-1 in percent of the cosine k-NN whose neighbours vote with exp(cos / temperature).
+    """Top-1 in percent of queries (M, D) by their k nearest neighbors in bank (N, D).
 
-    bank (N, D), queries (M, D) and their int64 labels.  As in Wu et al. (arXiv 1805.01978,
-    Sec. 3.4).  k is at most N; work goes in blocks of queries.
+    By cosine, with votes of exp(cos / temperature): Wu et al. (arXiv 1805.01978, Sec. 3.4).
+    euclidean   by Euclidean distance, one vote each, the lowest class in a tie: the 5-NN of the
+                W-MSE paper (arXiv 2007.06346, Table 1) and of those that compare with it
+    k           at most N are taken
+    block       queries at a time, since the similarities of all may not fit into memory
     """
-    normalize = torch.nn.functional.normalize
-    bank, queries = normalize(bank, dim=1), normalize(queries, dim=1)
-
-    def nearest(rows):
-        cosine, index = (rows @ bank.T).topk(min(k, len(bank)), dim=1)
-        return index, (cosine / temperature).exp()
-
-    return _vote(nearest, bank_labels, queries, labels, block)
-
-
-def euclidean_knn_top1(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, k: int = 5, block=512
-) -> float:
-    """Top-1 in percent of the plain k-NN: Euclidean distance, one vote each, lowest class in a tie.
-
-    The 5-NN of the W-MSE paper (arXiv 2007.06346, Table 1) and of those that compare with it.
-    """
-
-    def nearest(rows):
-        index = torch.cdist(rows, bank).topk(min(k, len(bank)), dim=1, largest=False).indices
-        return index, torch.ones(index.shape)
-
-    return _vote(nearest, bank_labels, queries, labels, block)
-
-
-def _vote(nearest, bank_labels: Tensor, queries: Tensor, labels: Tensor, block: int) -> float:
-    """Top-1 in percent, a block of queries at a time: 105,000 x 8,000 would not fit."""
-    classes, right = int(max(bank_labels.max(), labels.max())) + 1, 0
+    if not euclidean:
+        bank, queries = normalize(bank, dim=1), normalize(queries, dim=1)
+    classes, correct = int(max(bank_labels.max(), labels.max())) + 1, 0
     for rows, truth in zip(queries.split(block), labels.split(block), strict=True):
-        index, weight = nearest(rows)
+        similarity = -torch.cdist(rows, bank) if euclidean else rows @ bank.T
+        nearest, index = similarity.topk(min(k, len(bank)), dim=1)
+        weight = torch.ones_like(nearest) if euclidean else (nearest / temperature).exp()
         votes = torch.zeros(len(rows), classes).scatter_add_(1, bank_labels[index], weight)
-        right += int((votes.argmax(1) == truth).sum())
-    return 100 * right / len(queries)
+        correct += int((votes.argmax(1) == truth).sum())
+    return 100 * correct / len(queries)
