@@ -18,7 +18,7 @@ from training.loop import learning_rate, peak_rate
 
 @dataclass
 class AugmentedConfig:
-    """[augmented]: linear evaluation on random crops (Sec. 4.1, App. C.1)."""
+    """[augmented]: linear evaluation on random crops (BYOL, Sec. 4.1, App. C.1)."""
 
     epochs: int = option(80, "epochs over the training labels", low=1)
     batch_size: int = option(256, "GLOBAL batch", low=2)
@@ -27,11 +27,7 @@ class AugmentedConfig:
 
 
 def fit_augmented(
-    frozen: FrozenEncoder,
-    labelled: Labelled,
-    config: AugmentedConfig,
-    crop_size: int,
-    seed: int,
+    frozen: FrozenEncoder, labelled: Labelled, config: AugmentedConfig, crop_size: int, seed: int
 ) -> Classifier:
     """Choose the rate on a held-out fifth of `labelled`, then train on all of it."""
     rates, trials = config.rates, {}
@@ -39,9 +35,8 @@ def fit_augmented(
         part = labelled.hold_out()
         layers = train_layers(frozen, part.train, rates, config, crop_size, seed)
         held = frozen(part.test.images)
-        trials = {
-            r: accuracy(m(held), part.test.labels) for r, m in zip(rates, layers, strict=True)
-        }
+        for rate, layer in zip(rates, layers, strict=True):
+            trials[rate] = accuracy(layer(held), part.test.labels)
         rates = [max(trials, key=trials.get)]
     (layer,) = train_layers(frozen, labelled, rates, config, crop_size, seed)
     zero = torch.zeros(frozen.encoder.feature_size)
@@ -57,30 +52,18 @@ def train_layers(
     seed: int,
 ) -> list[nn.Linear]:
     """One linear layer for each rate, trained side by side on the same forward passes."""
-    processes, encoder = frozen.processes, frozen.encoder
+    p, encoder, transform = frozen.processes, frozen.encoder.eval(), frozen.transform
     size = min(config.batch_size, len(labelled))
-    size -= size % processes.world_size
-    views = (ViewConfig.supervised(config.area, shift=0, flip_p=0.5),)
-    loader = Loader(
-        labelled.images,
-        labelled.labels,
-        views,
-        crop_size,
-        size,
-        frozen.transform.mean,
-        frozen.transform.std,
-        seed,
-        device=processes.device,
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
-    classes = len(labelled.class_names)
-    layers = [nn.Linear(encoder.feature_size, classes).to(processes.device) for _ in rates]
-    for layer in layers:
-        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    size -= size % p.world_size
+    crops = (ViewConfig.supervised(config.area, shift=0, flip_p=0.5),)
+    data = labelled.images, labelled.labels, crops, crop_size, size, transform.mean, transform.std
+    loader = Loader(*data, seed, device=p.device, rank=p.rank, world_size=p.world_size)
+    classes, width = len(labelled.class_names), encoder.feature_size
+    layers = nn.ModuleList(nn.Linear(width, classes) for _ in rates).to(p.device)
+    for parameter in layers.parameters():
+        nn.init.zeros_(parameter)
     groups = [{"params": layer.parameters()} for layer in layers]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
-    encoder.eval()
     total = config.epochs * loader.steps_per_epoch
     for k in range(total):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -92,4 +75,4 @@ def train_layers(
         optimizer.zero_grad()
         sum(cross_entropy(layer(features), labels) for layer in layers).backward()
         optimizer.step()
-    return [layer.cpu() for layer in layers]
+    return list(layers.cpu())

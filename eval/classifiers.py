@@ -1,4 +1,4 @@
-"""Classifiers on frozen features: regularised logistic regression, and a small MLP."""
+"""Classifiers on frozen features: regularized logistic regression, and a small MLP."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from core.errors import UserError
 from core.options import option
 from data.labelled import stratified_folds
 
-UNCHOSEN = 0.1  # where nothing can be validated on
+UNCHOSEN = 0.1  # strength where no image can be held out
 STRENGTHS = tuple(10 ** (e / 2) for e in range(2, -11, -1))  # 10 .. 1e-5, strong to weak
 
 
@@ -19,9 +19,7 @@ STRENGTHS = tuple(10 ** (e / 2) for e in range(2, -11, -1))  # 10 .. 1e-5, stron
 class LinearConfig:
     """[linear]: logistic regression on frozen features."""
 
-    strength: float = option(
-        0.0, "L2 strength on standardised features (0: cross-validated)", low=0
-    )
+    strength: float = option(0.0, "L2 on standardized features (0: cross-validated)", low=0)
 
 
 @dataclass
@@ -38,9 +36,10 @@ class MLPConfig:
 
 @dataclass
 class Classifier:
-    """Standardisation and a head: features (N, D) -> logits (N, classes).
+    """Standardization and a head: features (N, D) -> logits (N, classes).
 
-    chosen   what was chosen in fitting it, in words; `trials` the candidates' figures
+    chosen   the setting that was selected while fitting, in words
+    trials   held-out accuracy of each candidate
     """
 
     mean: Tensor
@@ -63,43 +62,30 @@ def accuracy(logits: Tensor, labels) -> float:
     return 100 * (logits.argmax(1) == torch.as_tensor(labels)).double().mean().item()
 
 
-def fit(
-    head: str,
-    features: Tensor,
-    labels: np.ndarray,
-    classes: int,
-    linear: LinearConfig,
-    mlp: MLPConfig,
-    seed: int,
-) -> Classifier:
-    """The head called "linear" or "mlp" on frozen features (N, D) and their labels."""
+def fit(head: str, features: Tensor, labels: np.ndarray, classes: int, linear, mlp, seed: int):
+    """A Classifier of features (N, D): head "linear" or "mlp", as its config says."""
     labels = torch.from_numpy(labels)
     if head == "linear":
         return fit_linear(features, labels, classes, linear.strength)
     return fit_mlp(features, labels, classes, mlp, seed)
 
 
-def standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature; constant features are divided by 1."""
+def mean_and_std(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature (N, D); 1 for that of constant features."""
     std = features.std(0, correction=0)
     return features.mean(0), torch.where(std > 1e-6, std, 1.0)
 
 
 def logistic_regression(
-    x: Tensor,
-    labels: Tensor,
-    classes: int,
-    strength: float,
-    start: Tensor | None = None,
-    tolerance: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """Minimise mean cross-entropy + strength/2 |W|^2 by L-BFGS; the intercept is free.
+    x: Tensor, labels: Tensor, start: Tensor, strength: float, tolerance: float = 1e-6
+) -> Tensor:
+    """Minimize mean cross-entropy + strength/2 |W|^2 by L-BFGS; the intercept is free.
 
-    x (N, D) standardised float64; tolerance is that of the largest gradient entry.  Returns
-    (W (D, classes), b (classes,)).
+    x           (N, D) float64, standardized
+    start       (D + 1, classes): W above the intercepts, as is the result
+    tolerance   of the largest entry of the gradient
     """
-    theta = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype) if start is None else start.clone()
-    theta.requires_grad_(True)
+    theta = start.clone().requires_grad_(True)
     solver = torch.optim.LBFGS(
         [theta],
         max_iter=300,
@@ -117,55 +103,53 @@ def logistic_regression(
         return loss
 
     solver.step(closure)
-    return theta.detach()[:-1], theta.detach()[-1]
+    return theta.detach()
 
 
 def choose_strength(features: Tensor, labels: Tensor, strengths=STRENGTHS) -> float:
-    """The strength of the best cross-validated loss, inside the given labels alone.
+    """The strength with the least cross-validated loss; UNCHOSEN if each class has one image.
 
-    Five stratified folds up to 2,000 images, one held-out fifth above; the only image of a class is
-    in none.  UNCHOSEN where each class has one image.  The loss and not the accuracy decides: with
-    few labels it is much the smoother of the two.  Goes from strong to weak, each solution started
-    from the one before, until the loss has risen twice.
+    Five stratified folds up to 2,000 images, one held-out fifth above; a class's only image is
+    never held out.  The loss decides, since with few labels it is much smoother than the accuracy.
+    Goes from strong to weak until the loss has risen twice, each solution started from the last.
     """
-    classes, parts = int(labels.max()) + 1, []
-    several = [n for n in labels.bincount().tolist() if n > 1]
-    if not several:
-        return UNCHOSEN  # one image of each class: nothing to validate on
-    count = min(5, *several)
-    for rows in stratified_folds(labels.numpy(), count)[: count if len(labels) <= 2000 else 1]:
-        kept = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), rows))
+    classes, counts = int(labels.max()) + 1, labels.bincount()
+    if counts.max() < 2:
+        return UNCHOSEN
+    folds = stratified_folds(labels.numpy(), min(5, int(counts[counts > 1].min())))
+    problems, thetas, losses = [], [], []
+    for held in folds if len(labels) <= 2000 else folds[:1]:
+        kept = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), held))
         mean, std, basis = row_span(features[kept].double())
-        x, held_x = ((features[r] - mean) / std @ basis for r in (kept, rows))
-        parts.append((x, labels[kept], held_x, labels[rows]))
-    solutions, losses = [None] * len(parts), []
+        x, held_x = ((features[rows] - mean) / std @ basis for rows in (kept, held))
+        problems.append((x, labels[kept], held_x, labels[held]))
+        thetas.append(x.new_zeros(x.shape[1] + 1, classes))
     for strength in strengths:
-        loss = 0.0
-        for i, (x, y, held_x, held_y) in enumerate(parts):
+        losses.append(0.0)
+        for i, (x, y, held_x, held_y) in enumerate(problems):
             # 1e-3 leaves 1e-4 of the loss, far below what separates two strengths
-            weight, bias = logistic_regression(x, y, classes, strength, solutions[i], 1e-3)
-            solutions[i] = torch.cat([weight, bias[None]])
-            loss += cross_entropy(held_x @ weight + bias, held_y, reduction="sum").item()
-        losses.append(loss)
+            thetas[i] = logistic_regression(x, y, thetas[i], strength, 1e-3)
+            logits = held_x @ thetas[i][:-1] + thetas[i][-1]
+            losses[-1] += cross_entropy(logits, held_y, reduction="sum").item()
         if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
             break
     return strengths[int(np.argmin(losses))]
 
 
 def row_span(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and std of the features, and a basis (D, min(N, D)) of the standardised rows' span.
+    """Mean and std of features (N, D), and a basis (D, min(N, D)) of the standardized rows' span.
 
-    With fewer images than dimensions the minimiser lies in that span: the problem shrinks from D
-    to N dimensions and stays the same.
+    With fewer images than dimensions the minimizer lies in that span: regression on N coordinates
+    has the same solution as on D.
     """
-    mean, std = standardisation(features)
+    mean, std = mean_and_std(features)
     if features.shape[0] >= features.shape[1]:
         return mean, std, torch.eye(features.shape[1], dtype=features.dtype)
     return mean, std, torch.linalg.qr(((features - mean) / std).T).Q
 
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, strength: float = 0) -> Classifier:
-    """Logistic regression on standardised features; strength 0 chooses it by `choose_strength`."""
+    """Logistic regression on standardized features; strength 0: see `choose_strength`."""
     remark = ""
     if not strength:
         strength = choose_strength(features, labels)
@@ -175,9 +159,10 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, strength: float =
             remark = " (not chosen: one image of each class)"
     mean, std, basis = row_span(features.double())
     x = (features - mean) / std @ basis
-    weight, bias = logistic_regression(x, labels, classes, strength)
+    theta = logistic_regression(x, labels, x.new_zeros(x.shape[1] + 1, classes), strength)
     head = nn.Linear(features.shape[1], classes)
-    head.weight.data, head.bias.data = (basis @ weight).T.float().contiguous(), bias.float()
+    head.weight.data = (basis @ theta[:-1]).T.float().contiguous()
+    head.bias.data = theta[-1].float()
     return Classifier(mean.float(), std.float(), head, f"L2 {strength:.3g}" + remark)
 
 
@@ -208,10 +193,10 @@ def build_head(state: dict[str, Tensor]) -> nn.Module:
 def fit_mlp(
     features: Tensor, labels: Tensor, classes: int, config: MLPConfig, seed: int
 ) -> Classifier:
-    """One hidden layer with batch norm, by AdamW with cosine rate, on standardised features."""
+    """One hidden layer on standardized features, trained by AdamW with a cosine learning rate."""
     if len(features) < 2:
-        raise UserError("--head mlp: its batch norm needs two labelled images; take --head linear")
-    mean, std = standardisation(features)
+        raise UserError("--head mlp: batch norm needs two labelled images; take --head linear")
+    mean, std = mean_and_std(features)
     x = (features - mean) / std
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
