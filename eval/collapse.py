@@ -1,4 +1,4 @@
-"""Has it collapsed?  The loss alone cannot say; these figures of the outputs can."""
+"""Collapse metrics: spread, effective rank, alignment and uniformity of a method's outputs."""
 
 import math
 
@@ -10,7 +10,7 @@ NAMES = ("representation", "projection", "target_representation", "target")
 
 
 def spread(x: Tensor) -> float:
-    """Standard deviation per dimension of the normalised vectors (N, D), averaged over D.
+    """Standard deviation per dimension of the normalized vectors (N, D), averaged over D.
 
     0 when all are equal, 1/sqrt(D) when they fill the sphere evenly (arXiv 2011.10566, Sec. 4.1).
     """
@@ -19,7 +19,7 @@ def spread(x: Tensor) -> float:
 
 def effective_rank(x: Tensor) -> float:
     """RankMe (arXiv 2210.02885, eq. 1): exp of the entropy of the singular values of (N, D)."""
-    if not torch.isfinite(x).all():  # the loop stops with a reason; svdvals would stop without
+    if not torch.isfinite(x).all():  # svdvals would raise; the loop stops with a better message
         return math.nan
     values = torch.linalg.svdvals(x)
     p = values / values.sum().clamp(min=1e-12) + 1e-7
@@ -27,54 +27,54 @@ def effective_rank(x: Tensor) -> float:
 
 
 def alignment(x: Tensor, y: Tensor) -> float:
-    """Mean squared distance of two views' normalised vectors, (N, D) each (arXiv 2005.10242)."""
+    """Mean squared distance of two views' normalized vectors, (N, D) each (arXiv 2005.10242)."""
     return (normalize(x, dim=1) - normalize(y, dim=1)).square().sum(1).mean().item()
 
 
 def uniformity(x: Tensor) -> float:
-    """log of the mean of exp(-2 d^2) over all pairs of normalised vectors (arXiv 2005.10242).
+    """log of the mean of exp(-2 d^2) over all pairs of normalized vectors (arXiv 2005.10242).
 
     0 when all are equal, about -4 when they fill the sphere evenly.
     """
     return torch.pdist(normalize(x, dim=1)).square().mul(-2).exp().mean().log().item()
 
 
-def collapse_figures(outputs: dict[str, Tensor]) -> dict[str, float]:
-    """{"std/NAME": ..., "rank/NAME", "alignment/NAME", "uniformity/NAME"} of a method's outputs.
+def collapse_metrics(outputs: dict[str, Tensor]) -> dict[str, float]:
+    """{"std/NAME": ..., "rank/NAME", "uniformity/NAME", "alignment/NAME"}, with five digits.
 
     outputs   those of NAMES that the method has, each (views, N, D); alignment is of the first two
     """
-    found = {}
-    for name in (n for n in NAMES if n in outputs):
+    metrics = {}
+    for name in [n for n in NAMES if n in outputs]:
         x = outputs[name].double()
-        found[f"std/{name}"] = spread(x[0])
-        found[f"rank/{name}"] = effective_rank(x[0])
-        found[f"uniformity/{name}"] = uniformity(x[0])
+        metrics[f"std/{name}"] = spread(x[0])
+        metrics[f"rank/{name}"] = effective_rank(x[0])
+        metrics[f"uniformity/{name}"] = uniformity(x[0])
         if len(x) > 1:
-            found[f"alignment/{name}"] = alignment(x[0], x[1])
-    return {key: float(f"{value:.5g}") for key, value in found.items()}
+            metrics[f"alignment/{name}"] = alignment(x[0], x[1])
+    return {key: float(f"{value:.5g}") for key, value in metrics.items()}
 
 
-def collapse_alarms(now: dict, start: dict, sizes: dict[str, int]) -> dict[str, str]:
-    """What looks like a collapse, as {figure: plain words}; relative to the figures at the start.
+def collapse_warnings(history: list[dict], sizes: dict[str, int], grace: int) -> list[str]:
+    """What looks like a collapse from step `grace` on: a line for each metric, in order of time.
 
-    An absolute bound would not do: a random ReLU network starts near collapse itself.  Healthy runs
-    stayed above half of the starting std and a third of the starting rank; without a predictor and
+    Compared with the first step, since a random ReLU network starts near collapse.  Healthy runs
+    stayed above half of the starting std and a third of the starting rank; without predictor and
     moving average, the projections' std falls to a fortieth within 100 steps.
 
-    sizes   name -> D
+    history   rows of metrics.jsonl with collapse metrics;  sizes   name of an output -> D
     """
-    found = {}
-    for name, size in sizes.items():
-        std, rank = f"std/{name}", f"rank/{name}"
-        if std in start and now[std] < start[std] / 4:
-            found[std] = (
-                f"all images get nearly the same {name.replace('_', ' ')}: its normalised vectors "
-                f"vary by {now[std]:.2g} a dimension, {start[std]:.2g} at the start"
-            )
-        if rank in start and now[rank] < min(start[rank] / 2, size / 40):
-            found[rank] = (
-                f"the {name.replace('_', ' ')} uses {now[rank]:.3g} of {size} dimensions "
-                f"(effective rank), {start[rank]:.3g} at the start"
-            )
-    return found
+    start, *later = history
+    if start["step"] > 0:  # begun without online evaluation
+        return []
+    warnings: dict[str, str] = {}
+    for now in [row for row in later if row["step"] >= grace]:
+        for name, size in sizes.items():
+            std, rank, words = f"std/{name}", f"rank/{name}", name.replace("_", " ")
+            if now[std] < start[std] / 4:
+                text = f"all images get nearly the same {words}: standard deviation {now[std]:.2g}"
+                warnings.setdefault(std, f"{text}, {start[std]:.2g} at the start")
+            if now[rank] < min(start[rank] / 2, size / 40):
+                text = f"the {words} uses {now[rank]:.3g} of {size} dimensions (effective rank)"
+                warnings.setdefault(rank, f"{text}, {start[rank]:.3g} at the start")
+    return list(warnings.values())

@@ -1,4 +1,4 @@
-"""The online probe: a linear classifier that is trained beside a method, on detached features."""
+"""The online probe: a linear classifier trained beside a method, on detached features."""
 
 import numpy as np
 from torch import nn
@@ -8,9 +8,9 @@ from training.method import Method, groups_by_kind
 
 
 def hold_out_labels(labels: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
-    """Pretraining's labels with those of the held-out images unknown (-1), for the online probe.
+    """Pretraining's labels with -1 (unknown) for the held-out images that measure the probe.
 
-    The labelled images come first among the pretraining images, see `Dataset.pretraining`.
+    The labelled images come first among those of pretraining, see `Dataset.pretraining`.
     """
     order, queries = held_out_order(len(train_labels))
     labels = labels.copy()
@@ -37,17 +37,16 @@ class OnlineProbe(Method):
         return outputs | {"probe": self.probe(outputs["representation"].detach())}
 
     def loss(self, outputs, labels):
-        """The method's loss plus cross-entropy on the images whose label is known."""
+        """The method's loss plus the mean cross-entropy of the images whose label is known."""
         loss, logs = self.method.loss(outputs)
-        logits = outputs["probe"].flatten(0, 1)
-        known = (labels >= 0).float().repeat(len(outputs["probe"]))
-        labels = labels.clamp(min=0).repeat(len(outputs["probe"]))
-        each = nn.functional.cross_entropy(logits, labels, reduction="none")
-        probe_loss = (each * known).sum() / known.sum().clamp(min=1)
+        logits = outputs["probe"].flatten(0, 1)  # (views x B, classes)
+        labels = labels.repeat(len(outputs["probe"]))
+        each = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+        probe_loss = each.sum() / (labels >= 0).sum().clamp(min=1)
         return loss + probe_loss, logs | {"probe_loss": probe_loss}
 
     def parameter_groups(self, weight_decay):
-        """The method's own groups, and the probe's, which are as those of any other layer."""
+        """The method's groups, and the probe's as those of any other layer."""
         groups = self.method.parameter_groups(weight_decay)
         return [*groups, *groups_by_kind(self.probe, weight_decay)]
 

@@ -9,16 +9,15 @@ from eval.online import OnlineEval
 
 
 def show(session, online: OnlineEval, class_names: list[str], count: int = 1000) -> None:
-    """The first `count` images of the online evaluation, by the encoder as it is now.
+    """Write the first `count` images of the online evaluation, with features of the encoder now.
 
     session   a Session whose folder is open
     """
-    images = online.images if online.labels is not None else online.watched
-    images = images.subset(np.arange(min(count, len(images))))
+    rows = np.arange(min(count, len(online.images)))
+    images, names = online.images.subset(rows), []
+    if online.labels is not None:
+        names = [class_names[label] for label in online.labels[rows].tolist()]
     features = extract(session.method.encoder, images, online.transform, session.processes)
-    labels = [] if online.labels is None else online.labels[: len(images)].tolist()
-    blocks = np.array_split(np.arange(len(images)), 10)
-    thumbnails = torch.cat([frame(images.gather(b), 32, 32) for b in blocks])
+    thumbnails = [frame(images.gather(part), 32, 32) for part in np.array_split(rows, 10)]
     if session.folder.board is not None:
-        names = [class_names[i] for i in labels]
-        session.folder.board.embed(session.total - 1, features, names, thumbnails)
+        session.folder.board.embed(session.total - 1, features, names, torch.cat(thumbnails))

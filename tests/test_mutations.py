@@ -187,7 +187,7 @@ MUTATIONS = {
         "return state", f"{WEIGHTS} -k imagenet"),
     # evaluation
     "k-NN on the test set": (
-        "eval/online.py", "self.images = data.train.subset(order)",
+        "eval/online.py", "self.images = images.subset(order)",
         "self.images = data.test.subset(order)", f"{SCRIPTS} -k watched_on_train"),
     "k-NN of the target network": (
         "eval/online.py", "method.encoder, self.images",
@@ -210,10 +210,8 @@ MUTATIONS = {
     "features in train mode": (
         "eval/features.py", "    encoder.eval()\n", "    encoder.train()\n", f"{FEATURES}"),
     "images counted twice by padding": (
-        "eval/features.py",
-        "range(processes.rank, -(-len(images) // batch_size), processes.world_size)",
-        "(b % -(-len(images) // batch_size) for b in range(\n"
-        "        processes.rank, -(-len(images) // batch_size) + 1, processes.world_size))",
+        "eval/features.py", "batches[processes.rank :: processes.world_size]",
+        "(*batches, batches[0])[processes.rank :: processes.world_size]",
         f"{FEATURES} -k two_processes"),
     "the probe sees what it is measured on": (
         "train_byol.py", "labels = hold_out_labels(labels, data.train_labels)", "pass",

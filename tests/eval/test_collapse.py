@@ -1,4 +1,4 @@
-"""Collapse figures against plain formulas and known cases."""
+"""Collapse metrics against plain formulas and known cases."""
 
 import math
 from pathlib import Path
@@ -12,8 +12,8 @@ from data.images import Images
 from data.transform import EvalTransform
 from eval.collapse import (
     alignment,
-    collapse_alarms,
-    collapse_figures,
+    collapse_metrics,
+    collapse_warnings,
     effective_rank,
     spread,
     uniformity,
@@ -31,7 +31,7 @@ def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def test_spread_is_that_of_normalised_vectors():
+def test_spread_is_that_of_normalized_vectors():
     x = 3 + sphere() * torch.linspace(0.1, 5, 400)[:, None]
     assert spread(x) == pytest.approx(unit(x.numpy()).std(0).mean(), rel=1e-9)
     assert spread(sphere(20000)) == pytest.approx(1 / math.sqrt(32), rel=0.02)
@@ -77,85 +77,82 @@ def test_the_names_say_which_output_is_meant():
         "target": torch.stack([sphere(size=8), sphere(size=8, seed=1)]),
         "prediction": torch.zeros(2, 3, 3),
     }
-    found = collapse_figures(outputs)
-    assert set(found) == {f"{figure}/{name}" for name in ("representation", "target")
-                          for figure in ("std", "rank", "uniformity", "alignment")}  # fmt: skip
-    assert found["rank/target"] == pytest.approx(effective_rank(outputs["target"][0]), rel=1e-4)
-    assert found["alignment/target"] == pytest.approx(alignment(*outputs["target"]), rel=1e-4)
-    alone = collapse_figures({"projection": sphere()[None]})
+    metrics = collapse_metrics(outputs)
+    assert set(metrics) == {f"{metric}/{name}" for name in ("representation", "target")
+                            for metric in ("std", "rank", "uniformity", "alignment")}  # fmt: skip
+    assert metrics["rank/target"] == pytest.approx(effective_rank(outputs["target"][0]), rel=1e-4)
+    assert metrics["alignment/target"] == pytest.approx(alignment(*outputs["target"]), rel=1e-4)
+    alone = collapse_metrics({"projection": sphere()[None]})
     assert set(alone) == {"std/projection", "rank/projection", "uniformity/projection"}
 
 
-def test_a_rank_that_falls_to_10_of_512_is_told():
-    """From a real ResNet-18 at its start, whose own rank is a small part of 512 too."""
+def warnings(*rows, first=0):
+    """Of metrics of a representation of 512 dimensions at the steps `first`, `first` + 1, ..."""
+    history = [{"step": first + step, **row} for step, row in enumerate(rows)]
+    return collapse_warnings(history, {"representation": 512}, 1)
+
+
+def test_a_rank_that_falls_to_10_of_512_is_a_warning():
+    """From a real ResNet-18 at its start, whose rank is a small part of 512 too."""
     rng = np.random.default_rng(0)
     smooth = rng.integers(0, 256, (300, 3, 4, 4), np.uint8).repeat(4, 2).repeat(4, 3)
     torch.manual_seed(0)
-    start = extract(
-        Encoder("resnet18", "small"), Images([smooth]), EvalTransform([0.5] * 3, [0.25] * 3)
-    )
+    encoder = Encoder("resnet18", "small")
+    x = extract(encoder, Images([smooth]), EvalTransform([0.5] * 3, [0.25] * 3))
     low = sphere(300, 10) @ torch.linalg.qr(sphere(512, 10, 1)).Q.T
-
-    def figures(x):
-        return collapse_figures({"representation": x[None]})
-
-    sizes = {"representation": 512}
     assert effective_rank(low) < 10
-    (text,) = collapse_alarms(figures(low), figures(start), sizes).values()
+    start, now, full = (
+        collapse_metrics({"representation": y[None]}) for y in (x, low, sphere(300, 512))
+    )
+    (text,) = warnings(start, now)
     assert "representation uses 9." in text and "of 512 dimensions" in text
-    assert collapse_alarms(figures(start), figures(start), sizes) == {}
-    assert collapse_alarms(figures(sphere(300, 512)), figures(start), sizes) == {}
+    assert warnings(start, start) == warnings(start, full) == []
+    assert warnings(start, now, first=5) == []  # the start was not measured
 
 
-def test_what_starts_near_collapse_is_no_alarm():
+def test_what_starts_near_collapse_is_no_warning():
     """As random ReLU networks do: a tenth of 1/sqrt(D), and 9 of 512 dimensions, were measured."""
     start = {"std/representation": 0.1 / math.sqrt(512), "rank/representation": 9.0}
-    sizes = {"representation": 512}
-    assert collapse_alarms(start, start, sizes) == {}
-    assert len(collapse_alarms({k: v / 5 for k, v in start.items()}, start, sizes)) == 2
+    assert warnings(start, start) == []
+    assert len(warnings(start, {k: v / 5 for k, v in start.items()})) == 2
 
 
-def test_without_figures_of_the_start_nothing_is_told():
-    now = collapse_figures({"projection": torch.ones(1, 30, 8) + 1e-9 * sphere(30, 8)})
-    assert collapse_alarms(now, {}, {"projection": 8}) == {}
+def test_each_metric_warns_once_in_order_of_time_and_not_at_first():
+    start = {"std/representation": 1.0, "rank/representation": 50.0}
+    narrow, both = start | {"std/representation": 0.1}, dict.fromkeys(start, 0.05)
+    texts = warnings(start, narrow, both)
+    assert "standard deviation 0.1, 1 at" in texts[0] and "uses 0.05 of" in texts[1]
+    history = [{"step": 0, **start}, {"step": 19, **narrow}, {"step": 20, **both}]
+    assert "0.05, 1 at" in collapse_warnings(history, {"representation": 512}, 20)[0]
 
 
+RUN = "--steps 60 --optimizer sgd --lr 0.4 --knn-every 20 --quiet --threads 1".split()
 # No predictor, and a target that is the online network: nothing keeps them from collapsing.
-COLLAPSE = "--no-byol.predictor --byol.base-tau 0 --byol.tau-schedule constant".split()
+COLLAPSE = [*RUN, *"--no-byol.predictor --byol.base-tau 0 --byol.tau-schedule constant".split()]
 
 
-def watched(recipe, out, *flags) -> dict:
-    shared = ["--recipe", recipe, "--out", str(out), "--quiet", "--threads", "1"]
-    return train_byol.main(argv=[*shared, *flags])
+def pretrain(recipe, out, *flags) -> dict:
+    return train_byol.main(argv=["--recipe", recipe, "--out", str(out), *flags])
 
 
-def test_N5_a_total_collapse_is_told_in_plain_words(sample, recipe, tmp_path, capsys):
-    flags = ["--steps", "60", "--optimizer", "sgd", "--lr", "0.4", "--knn-every", "20"]
-    result = watched(recipe, tmp_path / "bad", *flags, *COLLAPSE)
+def test_N5_a_total_collapse_is_warned_of_in_plain_words(sample, recipe, tmp_path, capsys):
+    result = pretrain(recipe, tmp_path / "bad", *COLLAPSE)
     text = capsys.readouterr().err
     assert "all images get nearly the same projection" in text and "warning: step " in text
     assert len(result["warnings"]) == len(set(result["warnings"])) == text.count("\n")
-    result = watched(recipe, tmp_path / "good", *flags)
+    result = pretrain(recipe, tmp_path / "good", *RUN)
     assert result["warnings"] == [] and not capsys.readouterr().err
 
 
-def test_a_resumed_run_remembers_its_start(sample, recipe, tmp_path, capsys):
-    flags = ["--steps", "60", "--optimizer", "sgd", "--lr", "0.4", "--knn-every", "20", *COLLAPSE]
-    watched(recipe, tmp_path / "run", *flags, "--stop-after", "30")
+def test_a_resumed_run_has_the_same_warnings(sample, recipe, tmp_path, capsys):
+    whole = pretrain(recipe, tmp_path / "whole", *COLLAPSE)["warnings"]
+    pretrain(recipe, tmp_path / "run", *COLLAPSE, "--stop-after", "30")
     capsys.readouterr()
-    result = watched(recipe, tmp_path / "run", *flags, "--resume")
-    whole = watched(recipe, tmp_path / "whole", *flags)
-    assert result["warnings"] == whole["warnings"] and len(whole["warnings"]) > 1
-    told = capsys.readouterr().err
-    assert "all images get nearly the same projection" in told
-
-
-def test_a_run_resumed_after_its_last_step_still_says_it_collapsed(sample, recipe, tmp_path):
-    flags = ["--steps", "60", "--optimizer", "sgd", "--lr", "0.4", "--knn-every", "20", *COLLAPSE]
-    whole = watched(recipe, tmp_path / "run", *flags)
-    (tmp_path / "run" / "result.json").unlink()
-    again = watched(recipe, tmp_path / "run", *flags, "--resume")
-    assert again["warnings"] == whole["warnings"] != []
+    assert pretrain(recipe, tmp_path / "run", *COLLAPSE, "--resume")["warnings"] == whole
+    assert "all images get nearly the same projection" in capsys.readouterr().err
+    (tmp_path / "run" / "result.json").unlink()  # resumed after its last step
+    assert pretrain(recipe, tmp_path / "run", *COLLAPSE, "--resume")["warnings"] == whole
+    assert len(whole) > 1
 
 
 @pytest.mark.slow
@@ -163,7 +160,7 @@ def test_a_run_resumed_after_its_last_step_still_says_it_collapsed(sample, recip
 def test_healthy_recipes_are_silent(tmp_path, capsys, name):
     """Their views, optimizer, rate, heads and tau, on the sample's images and for 600 steps."""
     recipe = str(Path(__file__).parents[2] / "recipes" / f"{name}.toml")
-    flags = ["--dataset", "sample", "--crop-size", "28", "--stem", "small", "--width", "0.25",
-             "--batch-size", "64", "--steps", "600", "--knn-every", "60"]  # fmt: skip
-    result = watched(recipe, tmp_path / "run", *flags)
+    flags = "--dataset sample --crop-size 28 --stem small --width 0.25 --batch-size 64".split()
+    flags += "--steps 600 --knn-every 60 --quiet --threads 1".split()
+    result = pretrain(recipe, tmp_path / "run", *flags)
     assert result["warnings"] == [] and "warning" not in capsys.readouterr().err

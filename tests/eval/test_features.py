@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data.datasets import Dataset
 from data.images import Images
+from data.labelled import Labelled
 from data.transform import EvalTransform
+from eval import features
 from eval.features import extract
-from eval.frozen import pixels
+from eval.frozen import Features, pixels
 from training.distributed import Processes
 from training.encoder import Encoder
 
@@ -41,21 +44,23 @@ def by_hand(pictures: Images) -> torch.Tensor:
             STD, (3, 1, 1)
         )
         rows.append(network(torch.from_numpy(x).float()[None])[0])
-    features = torch.stack(rows).detach()
-    assert (features.std(0) > 1e-3).sum() > 10  # or the comparisons would hold for anything
-    return features
+    expected = torch.stack(rows).detach()
+    assert (expected.std(0) > 1e-3).sum() > 10  # or the comparisons would hold for anything
+    return expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 100])
-def test_features_are_in_order_whatever_the_batch(batch_size):
-    found = extract(encoder(), images(), TRANSFORM, batch_size=batch_size)
+def test_features_are_in_order_whatever_the_batch(batch_size, monkeypatch):
+    monkeypatch.setattr(features, "BATCH", batch_size)
+    found = extract(encoder(), images(), TRANSFORM)
     assert found.dtype == torch.float32 and not found.requires_grad
     torch.testing.assert_close(found, by_hand(images()), rtol=1e-4, atol=1e-5)
 
 
 def on_ranks(count, batch_size):
+    features.BATCH = batch_size
     processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    return extract(encoder(), images(count), TRANSFORM, processes, batch_size)
+    return extract(encoder(), images(count), TRANSFORM, processes)
 
 
 @pytest.mark.parametrize("count, batch_size", [(23, 5), (24, 12), (3, 5)])
@@ -93,3 +98,19 @@ def test_pixels_are_values_in_0_to_1_and_grey_ones_come_once():
     torch.testing.assert_close(pixels(colour), expected)
     assert pixels(images(4, 1, 8)).shape == (4, 64)
     assert pixels(images(4, 3, 48)).shape == (4, 3 * 32 * 32)
+
+
+def test_features_are_computed_once_for_each_set_of_images():
+    train, test, labels, computed = images(20), images(6), np.zeros(20, np.int64), []
+
+    def first_values(images):
+        computed.append(images)
+        return images.gather(np.arange(len(images))).flatten(1)[:, 0]
+
+    known = Features(first_values, Dataset(train, labels, None, test, labels[:6], ["a"]))
+    everything = Labelled(train, labels, np.arange(20), ["a"])
+    for rows in (np.arange(3, 9), np.arange(19, 0, -2)):
+        expected = torch.from_numpy(train.parts[0][rows, 0, 0, 0])
+        assert torch.equal(known(everything.part(rows)), expected)
+        known(Labelled(test, labels[:6], None, ["a"]))
+    assert computed == [train, test]

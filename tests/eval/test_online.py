@@ -1,4 +1,4 @@
-"""What is watched during pretraining, and on which images."""
+"""Metrics during pretraining, and on which images they are measured."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from data.loader import Loader
 from data.transform import EvalTransform
 from data.views import View2Config, ViewConfig
 from eval import online as module
-from eval.collapse import collapse_figures
+from eval.collapse import collapse_metrics
 from eval.features import extract
 from eval.knn import knn_top1
 from eval.online import OnlineEval, held_out_order
@@ -92,7 +92,7 @@ def test_the_probe_never_sees_the_labels_it_is_measured_on():
 
 
 OUTPUTS = ("representation", "projection", "target_representation", "target")
-NAMES = [f"{figure}/{o}" for figure in ("std", "rank", "uniformity", "alignment") for o in OUTPUTS]
+NAMES = [f"{metric}/{o}" for metric in ("std", "rank", "uniformity", "alignment") for o in OUTPUTS]
 
 
 def test_collapse_is_watched_for_online_and_target_with_and_without_labels():
@@ -102,7 +102,7 @@ def test_collapse_is_watched_for_online_and_target_with_and_without_labels():
     assert set(found) == {"knn_top1", *NAMES}
     assert set(online().measure(byol, 0)[0]) == set(NAMES)
     unlabelled = online(labelled=False)
-    assert set(unlabelled.measure(byol, 9)[0]) == set(NAMES) and len(unlabelled.watched) == 80
+    assert set(unlabelled.measure(byol, 9)[0]) == set(NAMES) and len(unlabelled.images) == 80
     assert byol.training and byol.encoder.training
     after = byol.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items())  # running statistics too
@@ -112,30 +112,24 @@ def test_without_labels_the_watched_images_come_from_the_whole_set():
     """A folder is stored in the order of its names: the first ones may all be alike."""
     pictures, _ = images(5000)
     watch = online(labelled=False, pictures=pictures)
-    index = watch.watched.index
+    index = watch.images.index[:2048]
     assert len(set(index)) == 2048 and index.min() < 100 and index.max() > 4900
 
 
-def test_warnings_come_in_the_order_of_time_each_once(monkeypatch):
-    """The first of each kind, when it comes; a resumed run goes on from what was measured."""
-    start = {"std/representation": 1.0, "std/projection": 50.0, "rank/representation": 50.0}
-    narrow = start | {"std/projection": 1.0}
-    narrower = narrow | {"std/projection": 0.9, "rank/representation": 1.0}
-    outputs = dict.fromkeys(("representation", "projection"), torch.zeros(2, 4, 100))
-    for history in ([], [start | {"step": 0}]):
-        rows = iter([narrow, narrow, narrower] if history else [start, narrow, narrow, narrower])
-        monkeypatch.setattr(module, "collapse_figures", lambda _, rows=rows: dict(next(rows)))
-        watch = online(labelled=False, history=history)
-        watch._outputs = lambda method: outputs
-        if not history:
-            assert watch.measure(None, 0) == (start, [])
-        _, (first,) = watch.measure(None, 20)
-        assert "projection" in first and watch.measure(None, 25)[1] == []
-        _, (second,) = watch.measure(None, 30)
-        assert "representation uses 1 of" in second and watch.warnings == [first, second]
+def test_each_warning_is_returned_when_it_comes_also_in_a_resumed_run(monkeypatch):
+    start = {"std/representation": 1.0, "rank/representation": 50.0}
+    narrow = start | {"std/representation": 0.1}
+    rows = iter([narrow, narrow, narrow | {"rank/representation": 1.0}])
+    monkeypatch.setattr(module, "collapse_metrics", lambda outputs: dict(next(rows)))
+    watch = online(labelled=False, history=[start | {"step": 0}])
+    monkeypatch.setattr(watch, "_outputs", lambda _: {"representation": torch.zeros(2, 4, 100)})
+    _, (first,) = watch.measure(None, 20)
+    assert "representation" in first and watch.measure(None, 25)[1] == []
+    _, (second,) = watch.measure(None, 30)
+    assert "representation uses 1 of" in second and watch.warnings == [first, second]
 
 
-def test_figures_that_are_not_finite_stop_nothing():
+def test_metrics_that_are_not_finite_stop_nothing():
     """The loop's own check says what happened and at which step."""
     byol = method()
     with torch.no_grad():
@@ -144,7 +138,7 @@ def test_figures_that_are_not_finite_stop_nothing():
     assert np.isnan(found["rank/projection"]) and np.isfinite(found["rank/representation"])
 
 
-def test_collapse_figures_are_those_of_the_outputs_in_eval_mode():
+def test_collapse_metrics_are_those_of_the_outputs_in_eval_mode():
     watch, byol = online(), method()
     with torch.no_grad():  # away from its start, so that online and target differ
         for parameter in byol.target_encoder.parameters():
@@ -154,7 +148,7 @@ def test_collapse_figures_are_those_of_the_outputs_in_eval_mode():
     byol.forward = lambda *views: seen.setdefault("outputs", original(*views))
     found, _ = watch.measure(byol, 0)
     assert seen["outputs"]["representation"].shape[1] == 60
-    assert found == collapse_figures(seen["outputs"])
+    assert found == collapse_metrics(seen["outputs"])
     assert found["std/representation"] != found["std/target_representation"]
     byol.forward = original
     assert watch.measure(byol, 0)[0] == found  # the same views each time
@@ -167,8 +161,8 @@ def test_all_processes_find_the_same_as_one(tmp_path, ranks=2):
         watch = online(processes=processes)
         torch.save(watch.measure(method(), 9)[0], f"{path}-{processes.rank}")
 
-    forked.run(work, tmp_path / "figures", ranks=ranks)
+    forked.run(work, tmp_path / "metrics", ranks=ranks)
     expected, _ = online().measure(method(), 9)
     for rank in range(ranks):
-        found = torch.load(tmp_path / f"figures-{rank}", weights_only=True)
+        found = torch.load(tmp_path / f"metrics-{rank}", weights_only=True)
         assert found == pytest.approx(expected, rel=1e-3)
