@@ -2,7 +2,7 @@
 
 python -m eval.embed --ckpt runs/byol-mine --dataset folder --data-root DIR --out features.npz
 
-It holds features (N, D) float32, labels (-1: unknown), files, splits and classes.
+It holds features (N, D) float32, labels (-1: unknown), files and splits (N,), and classes.
 """
 
 import io
@@ -36,27 +36,26 @@ def configure(argv: list[str]) -> Config:
 
 
 def run(config, processes) -> dict:
-    """Write `features` (N, D) float32, `labels` (-1: unknown), `files`, `splits`, `classes`."""
+    """Write the features of every image of the data set; returns how many there are."""
     data = datasets.load(config.data)
-    splits = {s: getattr(data, s) for s in ("train", "unlabelled", "test")}
+    splits = {"train": data.train, "unlabelled": data.unlabelled, "test": data.test}
     splits = {name: images for name, images in splits.items() if images is not None}
-    frozen = FrozenEncoder(*from_config(config, next(iter(splits.values()))), processes)
-    arrays = {"files": [], "splits": [], "labels": [], "features": []}
-    for name, images in splits.items():  # first: another start may pack the folder anew meanwhile
-        arrays["files"] += datasets.file_names(config.data, name, len(images))
+    files, split_of, labels = [], [], []
+    # before the features, which take long: another process may pack the folder anew meanwhile
     for name, images in splits.items():
-        labels = getattr(data, f"{name}_labels", None)
-        arrays["splits"] += [name] * len(images)
-        arrays["labels"].append(np.full(len(images), -1) if labels is None else labels)
-        arrays["features"].append(frozen(images))
-    for name in ("features", "labels"):
-        arrays[name] = np.concatenate(arrays[name])
+        files += datasets.file_names(config.data, name, len(images))
+        split_of += [name] * len(images)
+        known = getattr(data, f"{name}_labels", None)
+        labels.append(np.full(len(images), -1) if known is None else known)
+    frozen = FrozenEncoder(*from_config(config, next(iter(splits.values()))), processes)
+    features = np.concatenate([frozen(images) for images in splits.values()])
     if processes.main:
+        arrays = dict(features=features, labels=np.concatenate(labels), files=files)
         file = io.BytesIO()
-        np.savez(file, classes=np.array(data.class_names), **arrays)
+        np.savez(file, splits=split_of, classes=data.class_names, **arrays)
         write_atomically(Path(config.run.out), file.getvalue())
-    say(processes, f"{config.run.out}: features {arrays['features'].shape}")
-    return {"images": len(arrays["labels"])}
+    say(processes, f"{config.run.out}: features {features.shape}")
+    return {"images": len(features)}
 
 
 def main(argv: list[str] | None = None) -> dict:

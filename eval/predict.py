@@ -1,4 +1,4 @@
-"""What a classifier says of your own images.
+"""Classify your own images.
 
 RUN is one of linear_eval.py, finetune.py or train_baseline.py, or a pretraining run with the first.
 
@@ -8,28 +8,22 @@ python -m eval.predict --ckpt runs/byol-mine --json DIR > predictions.jsonl
 
 import json
 
-import torch
-
 from core.errors import printable
 from eval.trained import command, load_classifier, parser, read_images
 
 
-def run(given) -> list[dict]:
-    """Print each image's classes, most probable first; returns the lines of --json."""
-    frozen, classifier, classes = load_classifier(given.ckpt, given.device)
-    images, names = read_images(given.images, frozen.transform.stored)
-    probabilities = torch.softmax(classifier(frozen(images)).double(), 1)
+def run(args) -> list[dict]:
+    """Print each image's classes, most probable first; returns the objects of --json."""
+    frozen, classifier, classes = load_classifier(args.ckpt, args.device)
+    images, names = read_images(args.images, frozen.transform.stored)
+    probabilities = classifier(frozen(images)).double().softmax(1)
     lines = []
     for name, row in zip(names, probabilities.tolist(), strict=True):
-        pairs = sorted(zip(row, classes, strict=True), key=lambda pair: -pair[0])
-        by_class = {label: round(p, 6) for p, label in pairs}
-        lines.append({"file": name, "class": pairs[0][1], "probabilities": by_class})
-        if given.json:
-            print(json.dumps(lines[-1]))
-        else:
-            best = list(by_class.items())[: given.top]
-            text = ", ".join(f"{label} {100 * p:.1f} %" for label, p in best)
-            print(f"{printable(name)}: {text}")
+        ranked = sorted(zip(row, classes, strict=True), key=lambda pair: -pair[0])
+        by_class = {label: round(p, 6) for p, label in ranked}
+        lines.append({"file": name, "class": ranked[0][1], "probabilities": by_class})
+        text = ", ".join(f"{label} {100 * p:.1f} %" for p, label in ranked[: args.top])
+        print(json.dumps(lines[-1]) if args.json else f"{printable(name)}: {text}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The images of a gallery that an encoder finds most alike: a picture, and JSON on the output.
+"""The nearest images of a gallery by an encoder's features: a picture, and JSON on the output.
 
 python -m eval.retrieve --ckpt runs/byol-mine --query image.jpg --gallery DIR --out alike.png
 """
@@ -14,26 +14,24 @@ from data.preview import mosaic, save_png
 from eval.trained import command, load_frozen, parser, read_images
 
 
-def run(given) -> list[dict]:
-    """One line of JSON and one row of the picture a query: itself, then its nearest by cosine."""
-    out = new_file(given.out)
-    frozen = load_frozen(given.ckpt, given.device)
-    side = frozen.transform.stored
-    queries, names = read_images(given.query, side)
-    gallery, known = read_images(given.gallery, side)
-    near = normalize(frozen(queries), dim=1) @ normalize(frozen(gallery), dim=1).T
-    cosine, index = near.topk(min(given.top, len(gallery)), dim=1)
+def run(args) -> list[dict]:
+    """Print a JSON object and draw a row for each query: itself, then its nearest by cosine."""
+    out = new_file(args.out)
+    frozen = load_frozen(args.ckpt, args.device)
+    queries, names = read_images(args.query, frozen.transform.stored)
+    gallery, gallery_names = read_images(args.gallery, frozen.transform.stored)
+    cosines = normalize(frozen(queries), dim=1) @ normalize(frozen(gallery), dim=1).T
     lines, rows = [], []
-    for q, name in enumerate(names):
-        found = zip(index[q].tolist(), cosine[q].tolist(), strict=True)
-        alike = [{"file": known[i], "cosine": round(c, 6)} for i, c in found]
+    for number, name in enumerate(names):
+        nearest, index = cosines[number].topk(min(args.top, len(gallery)))
+        pairs = zip(nearest.tolist(), index.tolist(), strict=True)
+        alike = [{"file": gallery_names[i], "cosine": round(cosine, 6)} for cosine, i in pairs]
         lines.append({"query": name, "nearest": alike})
         print(json.dumps(lines[-1]))
-        pixels = [*queries.gather(np.array([q])), *gallery.gather(index[q].numpy())]
+        pixels = [*queries.gather(np.array([number])), *gallery.gather(index.numpy())]
         rows.append([x.float() / 255 for x in pixels])
-    heads = ["query", *(f"{c:.3f}" for c in cosine[0].tolist())] if len(rows) == 1 else ["query"]
-    save_png(mosaic(rows, heads), out)
-    print(f"{out}: a row a query, then its nearest", file=sys.stderr)
+    save_png(mosaic(rows, ["query", "nearest"]), out)
+    print(f"{out}: a row for each query", file=sys.stderr)
     return lines
 
 

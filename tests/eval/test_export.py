@@ -65,7 +65,9 @@ def test_a_difference_is_an_error_and_leaves_no_file(trained_run, tmp_path, caps
     assert "features differ by" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, package", [("safetensors", "safetensors.torch"), ("onnx", "onnx")])
+@pytest.mark.parametrize(
+    "name, package", [("safetensors", "safetensors.torch"), ("onnx", "onnxruntime")]
+)
 def test_a_missing_package_is_one_line(trained_run, tmp_path, capsys, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     out = tmp_path / "e"
