@@ -21,8 +21,7 @@ from eval.classifiers import Classifier, build_head
 from eval.frozen import FrozenEncoder
 from training.distributed import Processes
 from training.encoder import ENCODERS, EncoderConfig, ShapeConfig
-from training.load import load_file
-from training.weights import TORCHVISION, Weights, read_weights
+from training.weights import TORCHVISION, Weights, load_file, read_weights
 
 
 def parser(description: str, device: bool = True) -> Parser:

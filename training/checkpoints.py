@@ -1,7 +1,7 @@
 """Checkpoints: the full training state, written so that a crash at any moment loses nothing.
 
-Each is `step-N.pt`, N the number of steps done, with its SHA-256 beside it.  It is written to a
-temporary name, flushed to the disk, renamed, and read back before an older one goes.
+Each is `step-N.pt`, N the number of steps done, with its SHA-256 in `step-N.sha256`.  It is written
+to a temporary name, flushed to the disk, renamed, and read back before an older one goes.
 """
 
 import hashlib
@@ -16,36 +16,46 @@ from core.files import write_atomically
 SCHEMA = 1
 
 
-def save_file(path: Path, state: dict, checksum: bool = False) -> str:
-    """Serialise `state` to `path`, whole or not at all; returns its SHA-256.
+def save_file(path: Path, state: dict, checksum: bool = False) -> None:
+    """Serialize `state` to `path`, whole or not at all; with its SHA-256 in a second file.
 
-    The checksum's file goes first: a kill in between leaves no checkpoint that can't be verified.
+    That file goes first: a kill in between leaves no checkpoint that can't be verified.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getbuffer()
-    digest = hashlib.sha256(data).hexdigest()
     if checksum:
-        write_atomically(path.with_suffix(".sha256"), f"{digest}  {path.name}\n".encode())
+        text = f"{hashlib.sha256(data).hexdigest()}  {path.name}\n"
+        write_atomically(path.with_suffix(".sha256"), text.encode())
     write_atomically(path, data)
-    return digest
+
+
+def rejected(path: Path) -> str:
+    """Why a checkpoint can't be trusted; empty where its checksum holds."""
+    try:
+        with open(path, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        expected = path.with_suffix(".sha256").read_bytes()
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    return "" if expected.startswith(actual.encode()) else "its checksum does not match"
 
 
 class Checkpoints:
     """The folder `checkpoints/` of a run.
 
-    keep     how many of the newest stay
     every    steps between saves; 0 for the last step only
+    keep     how many of the newest stay
     """
 
     def __init__(self, folder: Path, every: int, keep: int = 2) -> None:
         self.folder, self.every, self.keep = folder, every, keep
 
     def due(self, step) -> bool:
-        """Whether the cadence, or the run's end, asks for one after this step."""
+        """Whether to save after this step: at the cadence, and after the run's last."""
         return step.last or (self.every > 0 and (step.index + 1) % self.every == 0)
 
-    def save(self, steps_done: int, state: dict) -> Path:
+    def save(self, steps_done: int, state: dict) -> None:
         """Write one checkpoint, verify it, then remove all but the newest `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{steps_done:08d}.pt"
@@ -55,25 +65,10 @@ class Checkpoints:
         for old in self.list()[: -self.keep]:
             old.unlink()
             old.with_suffix(".sha256").unlink(missing_ok=True)
-        return path
 
     def list(self) -> list[Path]:
         """All checkpoints, oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
-
-
-def rejected(path: Path) -> str:
-    """Why a checkpoint can't be trusted; empty where its checksum holds."""
-    try:
-        expected = path.with_suffix(".sha256").read_text(encoding="ascii").split()[0]
-    except (OSError, IndexError, UnicodeDecodeError):
-        return "its .sha256 file is missing or empty"
-    try:
-        with open(path, "rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return str(error.strerror)
-    return "" if actual == expected else "its checksum does not match"
 
 
 def training_state(method, optimizer, precision) -> dict:

@@ -1,4 +1,4 @@
-"""The encoder: a torchvision ResNet without its last layer; how it starts, and encoder.pt."""
+"""The encoder, a torchvision ResNet without its last layer; its first weights; encoder.pt."""
 
 import functools
 from dataclasses import dataclass
@@ -25,20 +25,17 @@ STEMS = {
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that leaves out, on a map of 1x1 pixels, the taps that meet zeros only.
+    """A 3x3 convolution that uses, on a map of 1x1 pixels, the center tap alone.
 
-    Not for speed alone (the last stage of 32-pixel images behind the ImageNet stem is such a map):
-    in bfloat16 on CPUs, torch 2.10 to 2.14 read memory that nothing wrote for the weight gradient
-    of a strided convolution of such a map.
+    The other taps meet the padding's zeros only.  Not for speed alone (the last stage of 32-pixel
+    images behind the ImageNet stem is such a map): in bfloat16 on CPUs, torch 2.10 to 2.14 read
+    memory that nothing wrote for the weight gradient of a strided convolution of such a map.
     """
 
-    @classmethod
-    def of(cls, layer: nn.Conv2d) -> "Conv3x3":
-        """With the weight of `layer`; draws no random numbers."""
+    def __init__(self, layer: nn.Conv2d) -> None:
         shape = layer.in_channels, layer.out_channels, 3, layer.stride, 1
-        conv = nn.utils.skip_init(cls, *shape, bias=False)
-        conv.weight = layer.weight
-        return conv
+        super().__init__(*shape, bias=False, device="meta")  # there it draws no random numbers
+        self.weight = layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] == (1, 1):
@@ -49,8 +46,8 @@ class Conv3x3(nn.Conv2d):
 class Encoder(resnet.ResNet):
     """torchvision's ResNet (v1) without its last layer: (B, 3, H, W) -> (B, feature_size).
 
-    Parameter names, and the convolutions' initialisation, are torchvision's.  `width` multiplies
-    all channel counts; `zero_init` starts the last batch-norm scale of each block at 0.
+    Parameter names and initialization are torchvision's.  `width` multiplies all channel counts;
+    `zero_init` starts the last batch-norm scale of each block at 0.
     """
 
     def __init__(
@@ -67,10 +64,10 @@ class Encoder(resnet.ResNet):
             self.maxpool = nn.Identity()
         self.feature_size = 8 * self.channels * block.expansion
         self.fc = nn.Identity()
-        for block in (b for stage in (1, 2, 3, 4) for b in getattr(self, f"layer{stage}")):
-            for name, layer in list(block.named_children()):
+        for module in list(self.modules()):
+            for name, layer in list(module.named_children()):
                 if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
-                    setattr(block, name, Conv3x3.of(layer))
+                    setattr(module, name, Conv3x3(layer))
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         # torchvision fixes 64, 128, 256, 512 here; scaling them is all that `width` needs.
@@ -79,8 +76,8 @@ class Encoder(resnet.ResNet):
         return super()._make_layer(block, planes * self.channels // 64, blocks, stride, dilate)
 
 
-# name -> function of stem, width and zero_init that makes an encoder.  A network of one's own is
-# one more line here: any nn.Module of (B, 3, H, W) -> (B, feature_size) with that attribute.
+# name -> function of stem, width and zero_init that makes an encoder.  To add a network, add a
+# line: any nn.Module that maps (B, 3, H, W) to (B, feature_size) and has the latter as attribute.
 ENCODERS = {arch: functools.partial(Encoder, arch) for arch in ARCHS}
 
 
@@ -122,30 +119,28 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def initialise(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:
-    """The encoder as --init says, and the mean and std that its inputs need.
+    """The encoder that --init starts from, and the mean and std that its inputs need.
 
-    images   whose mean and std are used where --init names no others
+    images   their mean and std are used where --init names no others
     """
     if config.init == "random":
         return build_encoder(config), *images.statistics()
-    from training.weights import start_from  # of no use to a random start
+    from training.weights import initial_weights  # of no use to a random start
 
-    return start_from(config, images)
+    weights = initial_weights(config)
+    return weights.encoder(config, f"--init {config.init}"), *weights.normalization(images)
 
 
 def fetch(config: EncoderConfig) -> None:
-    """Have published weights in torch's cache where --init asks for them; one process downloads.
-
-    To be called before any process group exists.
-    """
+    """Download the published weights that --init names, before any process group exists."""
     if config.init == "imagenet":
-        from training.weights import imagenet_weights  # of no use to a random start
+        from training.weights import imagenet_file  # of no use to a random start
 
-        imagenet_weights(config.arch, config.stem, config.width)
+        imagenet_file(config)
 
 
 def save_encoder(path: Path, encoder: nn.Module, meta: dict) -> None:
-    """Write {"state_dict", "meta"}; the stems have equal shapes, so weights alone don't say."""
+    """Write an encoder.pt: {"state_dict": torchvision's names, "meta": shape, inputs, run}."""
     save_file(path, {"state_dict": portable(encoder), "meta": meta})
 
 

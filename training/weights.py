@@ -1,6 +1,9 @@
-"""Reading encoder weights: `encoder.pt`, run folders, checkpoints, other people's files."""
+"""From a file to an encoder: `encoder.pt`, run folders, checkpoints, other projects' files."""
 
-from dataclasses import dataclass
+import json
+import re
+import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,176 +12,237 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.files import locked, read_json
 from training.encoder import EncoderConfig, build_encoder
-from training.foreign import find_network, is_plain, with_counters
-from training.load import check_fits, load_file
 
-OURS = {"arch", "stem", "width"}  # in the meta data of every file that this project writes
+SHAPE = ("arch", "stem", "width")  # in the meta data of every file that this project writes
 # how the inputs of torchvision's ImageNet weights are made, as an encoder.pt would say it
-TORCHVISION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
-               "frame": [256, 224], "stored": 256}  # fmt: skip
+TORCHVISION = {
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "frame": [256, 224],
+    "stored": 256,
+}
+# words in the name of a network that is a moving average of another one
+AVERAGES = set("momentum target teacher ema k key swa avg average averaged polyak shadow".split())
 
 
 @dataclass
 class Weights:
-    """What a file of weights holds.
+    """The content of a file of weights.
 
-    tensors   an encoder's state dict with torchvision's names; in the file of another project,
-              where `meta` is empty, all tensors by the names that lead to them
-    config    of the run that wrote it
-    prefix    which network of several is meant: what its names begin with; None: not said
+    tensors   all of the file: ".state_dict.conv1.weight" -> tensor, ...
+    meta      of an encoder.pt; empty for files of other projects
+    config    of the run that wrote the file
+    prefix    name of the network that is meant, from FILE:PREFIX
     """
 
     tensors: dict[str, Tensor]
     meta: dict
     config: dict
     folder: Path
-    prefix: str | None = None
+    prefix: str | None
 
     def normalization(self, images) -> tuple[list[float], list[float]]:
-        """Mean and std of the inputs it was trained on; those of `images` where none are known."""
+        """Mean and std of the inputs in training; those of `images` where the file has none."""
         if {"mean", "std"} <= self.meta.keys():
             return self.meta["mean"], self.meta["std"]
         return images.statistics()
 
     def encoder(self, config: EncoderConfig, source: str) -> nn.Module:
-        """The encoder that `config` describes, with these weights."""
-        encoder = build_encoder(config)
-        self.load_into(encoder, config, source)
-        return encoder
+        """The encoder that `config` describes, with these weights; UserError where they don't fit.
 
-    def load_into(self, encoder: nn.Module, config, source: str) -> None:
-        """Copy them into an encoder made by `config`; UserError where they belong to another.
-
-        config   EncoderConfig; the stems have equal shapes, so it is compared with `meta`
+        source   names the file in errors
         """
-        for key in ("arch", "stem", "width"):
-            made = self.meta.get(key, getattr(config, key))
-            if made != getattr(config, key):
-                raise UserError(f"{source}: made with --{key} {made}, not {getattr(config, key)}")
-        state = self.tensors
-        if self.prefix is not None or not self.meta:
-            state = find_network(state, encoder.state_dict(), source, self.prefix)
-        load_weights(encoder, state, source)
+        for key in SHAPE:  # the stems have equal shapes, so tensors alone don't tell them apart
+            expected = getattr(config, key)
+            made = self.meta.get(key, expected)
+            if made != expected:
+                raise UserError(f"{source}: made with --{key} {made}, not {expected}")
+        encoder = build_encoder(config)
+        state = find_network(self.tensors, encoder.state_dict(), source, self.prefix)
+        load_state(encoder, state, source, "--arch, --stem, --width")
+        return encoder
 
 
 def read_weights(path: str | Path, flag: str = "--ckpt") -> Weights:
-    """Weights from a run folder, one of its checkpoints, an encoder.pt, or anybody's file.
+    """Weights from a run folder, one of its checkpoints, an encoder.pt, or any file of tensors.
 
     path   FILE:PREFIX names one network of several in a file
-    `meta` is empty for files of other projects.  Raises UserError where there are no weights.
+    UserError where there are no weights.
     """
-    path, prefix = _split(str(path))
+    file, _, prefix = str(path).rpartition(":")
+    if Path(file).is_file() and not Path(path).exists():
+        path = Path(file)
+    else:
+        path, prefix = Path(path), None
     if path.is_dir():
         if not (path / "encoder.pt").exists():
             raise UserError(f"{flag} {path}: no encoder.pt in it; is the run finished?")
         path = path / "encoder.pt"
-    loaded = load_file(path, flag)
-    meta = loaded.get("meta") if isinstance(loaded, dict) else None
-    if not (isinstance(meta, dict) and meta.keys() >= OURS):
-        meta = {}
-    tensors = flatten(loaded)
-    if meta and prefix is None:
-        tensors = _encoder_of(tensors)
-    if not tensors or not all(_three_numbers(meta[k]) for k in ("mean", "std") if k in meta):
-        raise UserError(f"{flag} {path}: holds no weights of an encoder")
+    content = load_file(path, flag)
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    config = folder / "config.json"
-    saved = read_json(config).get("config") if meta and config.exists() else None
-    tables = saved.items() if isinstance(saved, dict) else ()
-    config = {k: table for k, table in tables if isinstance(table, dict)}
-    return Weights(tensors, meta, config, folder, prefix)
+    weights = Weights(flatten(content), {}, {}, folder, prefix)
+    meta, saved = content.get("meta"), folder / "config.json"
+    if isinstance(meta, dict) and meta.keys() >= set(SHAPE):
+        weights.meta = meta
+        weights.config = read_json(saved).get("config", {}) if saved.exists() else {}
+    return weights
 
 
-def _three_numbers(value) -> bool:
-    return isinstance(value, list) and [isinstance(v, int | float) for v in value] == [True] * 3
+def load_file(path: Path, flag: str) -> dict:
+    """The dictionary in a file of torch.save or safetensors, on the CPU; runs no pickled code.
+
+    UserError for any other file; `flag` names it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
+        if zipfile.is_zipfile(path):  # torch.load doesn't look at the checksums inside
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        text = "needs the package safetensors: pip install -r eval/requirements.txt"
+        raise UserError(f"{flag} {path}: {text}") from None
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror or error}") from None
+    except Exception as error:  # torch raises many kinds for bytes that are no checkpoint
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"holds {code[1]}, which could run code" if code else "no checkpoint, or damaged"
+        text = "save tensors alone: torch.save(model.state_dict(), 'weights.pth')"
+        raise UserError(f"{flag} {path}: {reason}; {text}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{flag} {path}: no checkpoint, but a {type(content).__name__}")
+    return content
 
 
-def _split(path: str) -> tuple[Path, str | None]:
-    """FILE:PREFIX as two; a colon in the name of a file that exists is no separator."""
-    file, colon, prefix = path.rpartition(":")
-    if colon and not Path(path).exists() and Path(file).is_file():
-        return Path(file), prefix
-    return Path(path), None
+def _load_safetensors(path: Path) -> dict:
+    """The tensors, and the meta data that eval.export writes."""
+    from safetensors import safe_open  # an optional extra
+
+    with safe_open(path, "pt") as file:
+        meta = file.metadata() or {}
+        if meta.keys() >= set(SHAPE):
+            meta = {k: json.loads(v) for k, v in meta.items()}
+        return {"state_dict": {k: file.get_tensor(k) for k in file.keys()}, "meta": meta}
 
 
-def flatten(value) -> dict[str, Tensor]:
-    """All tensors in nested dictionaries and lists: names joined by dots -> tensor."""
-    tensors, seen = {}, set()  # a pickle may contain itself
-
-    def walk(value, name: str) -> None:
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                walk(part, f"{name}.{key}" if name else str(key))
-
-    walk(value, "")
-    tensors.pop("", None)  # a file that is one tensor
+def flatten(value, name: str = "") -> dict[str, Tensor]:
+    """All tensors in nested dictionaries and lists: ".key.key" -> tensor."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    tensors = {}
+    if isinstance(value, dict):
+        for key, part in value.items():
+            tensors |= flatten(part, f"{name}.{key}")
     return tensors
 
 
-def _encoder_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder in an encoder.pt, a classifier.pt or a training checkpoint of this project."""
-    prefixes = ("state_dict.", "encoder.", "model.encoder.", "model.method.encoder.")
-    for prefix in prefixes:  # the last: of a run with --online-probe
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if state:
-            return state
-    return {}
+def find_network(
+    tensors: dict[str, Tensor], expected: dict[str, Tensor], source: str, prefix: str | None
+) -> dict[str, Tensor]:
+    """The one network in a file with the names and shapes of the state dict `expected`.
 
-
-def load_weights(encoder: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copy `state` into the encoder; UserError with the first names unless all fit exactly.
-
-    A classifier's last layer (fc.*) is left out: the encoder has none.
+    prefix   its name in the file, or a part of it between dots; None: any
+    A moving average is taken only where no other network is there.  Where none has all shapes: the
+    one that shares most names.  UserError, which names the file by `source`, for none and several.
     """
-    state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    own = encoder.state_dict()
-    state = with_counters(state, own)
-    for name in (k for k, v in state.items() if not is_plain(v)):
-        text = "sparse, quantized, sharded or without values; save plain tensors"
-        raise UserError(f"{source}: {name} is {text}")
-    # what overflows float32 is then found not to be finite
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    check_fits(own, state, source, "--arch, --stem, --width")
-    encoder.load_state_dict(state)
+    networks = _candidates(tensors, expected)
+    if prefix is not None:
+        networks = {n: s for n, s in networks.items() if f".{prefix.strip('.')}." in f".{n}."}
+    if not networks:
+        raise UserError(f"{source}: no network of that name in it with a {next(iter(expected))}")
+    shapes = _shapes(expected)
+    complete = {n: state for n, state in networks.items() if _shapes(state) == shapes}
+    if not complete:
+        return max(networks.values(), key=lambda state: len(state.keys() & expected.keys()))
+    words = {name: set(re.split("[^a-z]", name.lower())) for name in complete}
+    chosen = [name for name in complete if not AVERAGES & words[name]] or list(complete)
+    if len(chosen) > 1:
+        raise UserError(
+            f"{source}: holds several networks of this shape ({', '.join(chosen)}); name the one "
+            f"that is meant behind a colon, as in FILE:{chosen[-1]}"
+        )
+    return complete[chosen[0]]
 
 
-def imagenet_weights(arch: str, stem: str, width: float) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights, from its cache or by its own download."""
+def _candidates(tensors: dict, expected: dict) -> dict[str, dict[str, Tensor]]:
+    """Name -> state dict of all that begins like `expected`, below whatever prefix."""
+    networks, first = {}, next(iter(expected))
+    for start in (first, f"0.{first.partition('.')[2]}"):  # nn.Sequential numbers its children
+        for prefix in [k.removesuffix(start) for k in tensors if k.endswith(f".{start}")]:
+            below = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            state = _renamed(below, expected, numbered=start != first)
+            networks[prefix.strip(".") or "."] = state
+    return networks
+
+
+def _renamed(state: dict, expected: dict, numbered: bool) -> dict[str, Tensor]:
+    """`state` with the names of `expected`, without heads beside it.
+
+    numbered   its children are numbers, in the order of those of `expected`
+    Counters of batch norms are 0 where they are missing, as in torchvision's published files.
+    """
+    children = theirs = list(dict.fromkeys(name.split(".")[0] for name in expected))
+    if numbered:
+        theirs = sorted({k.split(".")[0] for k in state if k[0].isdecimal()}, key=int)
+    names = dict(zip(theirs, children, strict=False))
+    renamed = {k: torch.zeros_like(v) for k, v in expected.items() if k.endswith("batches_tracked")}
+    for key, value in state.items():
+        child = key.split(".")[0]
+        if child in names:
+            name = names[child] + key.removeprefix(child)
+            if name not in expected:  # as pytorch-cifar, SupContrast and lightly call it
+                name = name.replace(".shortcut.", ".downsample.")
+            renamed[name] = value
+    return renamed
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
+
+
+def load_state(module: nn.Module, state: dict, source: str, what: str) -> None:
+    """Load `state` into the module; UserError unless it has just its tensors, all finite.
+
+    source, what   the file and the settings that don't fit each other, in the error
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:  # it lists all names and shapes that don't fit
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source} does not fit {what}: {reason}") from None
+    for name, value in module.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{source}: {name} is not finite; take an earlier checkpoint")
+
+
+def initial_weights(config: EncoderConfig) -> Weights:
+    """What --init names: torchvision's weights of ImageNet, or a file."""
+    if config.init == "imagenet":
+        return replace(read_weights(imagenet_file(config), "--init"), meta=TORCHVISION)
+    return read_weights(config.init, "--init")
+
+
+def imagenet_file(config: EncoderConfig) -> Path:
+    """torchvision's ImageNet weights in torch's cache; downloaded by one process if missing."""
     from torchvision import models
 
+    stem, width = config.stem, config.width
     if stem != "imagenet" or width != 1:
         raise UserError(f"--init imagenet needs --stem imagenet --width 1, not {stem} and {width}")
-    weights = models.get_model_weights(arch)["IMAGENET1K_V1"]
-    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    if not target.exists():
-        with locked(target.with_suffix(".lock"), "--init imagenet"):
-            _download(weights.url, target)
-    return flatten(load_file(target, "--init imagenet:"))
-
-
-def _download(url: str, target: Path) -> None:
-    """Fetch a published file, unless another process just has."""
-    if target.exists():
-        return
-    try:
-        torch.hub.download_url_to_file(url, str(target), target.stem.rpartition("-")[2])
-    except Exception as error:  # urllib and torch.hub raise many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"--init imagenet: could not fetch {url} ({reason}); put that file at {target}"
-        ) from None
-
-
-def start_from(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:
-    """The encoder with what --init names, and the mean and std that its inputs need."""
-    if config.init == "imagenet":
-        encoder = build_encoder(config)
-        state = imagenet_weights(config.arch, config.stem, config.width)
-        load_weights(encoder, state, "--init imagenet")
-        return encoder, TORCHVISION["mean"], TORCHVISION["std"]
-    weights = read_weights(config.init, "--init")
-    encoder = weights.encoder(config, f"--init {config.init}")
-    return encoder, *weights.normalization(images)
+    url = models.get_model_weights(config.arch)["IMAGENET1K_V1"].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if path.exists():
+        return path
+    with locked(path.with_suffix(".lock"), "--init imagenet"):
+        try:
+            if not path.exists():  # another process may have fetched it while this one waited
+                torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2])
+        except Exception as error:  # urllib and torch.hub raise many kinds
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            text = f"could not fetch {url} ({reason}); put that file at {path}"
+            raise UserError(f"--init imagenet: {text}") from None
+    return path

@@ -19,9 +19,9 @@ from core.files import write_atomically
 from training import checkpoints as module
 from training.checkpoints import Checkpoints, rejected, save_file
 from training.distributed import SINGLE
-from training.load import load_file
 from training.resume import newest_valid, set_aside
 from training.run_folder import RunFolder
+from training.weights import load_file
 
 
 def state(value: float) -> dict:
@@ -312,9 +312,10 @@ def test_C9_a_foreign_zip_a_folder_and_a_missing_file_are_refused(tmp_path):
 
 def test_rejected_says_why(tmp_path):
     path = tmp_path / "a.pt"
-    digest = save_file(path, state(1))
-    assert "missing" in rejected(path)
-    path.with_suffix(".sha256").write_text(f"{digest}  a.pt\n")
+    assert rejected(path) == "a.pt: No such file or directory"
+    save_file(path, state(1))
+    assert rejected(path) == "a.sha256: No such file or directory"
+    save_file(path, state(1), checksum=True)
     assert rejected(path) == ""
 
 

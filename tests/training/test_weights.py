@@ -1,5 +1,7 @@
 """Weights from everywhere load equal, or are refused with a line that says why."""
 
+import copy
+import dataclasses
 import json
 import pickle
 import re
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from conftest import TINY, state_of
+from torch import nn
 
 import linear_eval
 import reproduce
@@ -20,8 +23,8 @@ import train_baseline
 import train_byol
 from core.errors import UserError
 from eval.trained import tables_of
-from training.encoder import Encoder, EncoderConfig, initialise, save_encoder
-from training.weights import TORCHVISION, load_weights, read_weights
+from training.encoder import ENCODERS, Encoder, EncoderConfig, initialise, save_encoder
+from training.weights import TORCHVISION, read_weights
 
 META = {"arch": "resnet18", "stem": "small", "width": 0.125, "mean": [0.5] * 3, "std": [0.25] * 3}
 
@@ -29,6 +32,14 @@ META = {"arch": "resnet18", "stem": "small", "width": 0.125, "mean": [0.5] * 3, 
 def encoder(stem="small", width=0.125, seed=0) -> Encoder:
     torch.manual_seed(seed)
     return Encoder("resnet18", stem, width)
+
+
+CONFIG = EncoderConfig(stem="small", width=0.125)
+
+
+def loaded_from(path, config=CONFIG) -> dict:
+    """The state dict of the encoder that --ckpt `path` names."""
+    return read_weights(path).encoder(config, f"--ckpt {path}").state_dict()
 
 
 def same(state, other) -> bool:
@@ -54,13 +65,10 @@ def test_everything_that_a_run_leaves_loads_equal(run, tmp_path):
     trained = {k.removeprefix("encoder."): v for k, v in state_of(run, 10)["model"].items()
                if k.startswith("encoder.")}  # fmt: skip
     torch.save(trained, tmp_path / "bare.pt")
-    paths = [run, run / "encoder.pt", run / "checkpoints" / "step-00000010.pt",
-             tmp_path / "bare.pt"]  # fmt: skip
-    for path in paths:
-        weights = read_weights(path)
-        assert same(weights.tensors, trained), path
-        assert bool(weights.meta) is (path.name != "bare.pt")
-    for path in paths[:3]:
+    assert same(loaded_from(tmp_path / "bare.pt"), trained)
+    assert not read_weights(tmp_path / "bare.pt").meta
+    for path in (run, run / "encoder.pt", run / "checkpoints" / "step-00000010.pt"):
+        assert same(loaded_from(path), trained), path
         weights = read_weights(path)
         assert weights.folder == run
         shared, recipe_tables = tables_of(weights)
@@ -68,14 +76,11 @@ def test_everything_that_a_run_leaves_loads_equal(run, tmp_path):
         assert shared["encoder"] == {"arch": "resnet18", "stem": "small",
                                      "width": 0.125, "init": "random"}  # fmt: skip
         assert shared["data"]["crop_size"] == 16
-    fresh = encoder(seed=9)
-    load_weights(fresh, trained, "x")
-    assert same(fresh.state_dict(), trained)
 
 
 def test_the_online_encoder_is_the_one_that_is_kept(run):
     model = state_of(run, 10)["model"]
-    kept = read_weights(run).tensors["conv1.weight"]
+    kept = loaded_from(run)["conv1.weight"]
     assert torch.equal(kept, model["encoder.conv1.weight"])
     assert not torch.equal(kept, model["target_encoder.conv1.weight"])
 
@@ -93,14 +98,17 @@ def test_a_checkpoint_with_an_online_probe_loads(sample, recipe, tmp_path):
     out = tmp_path / "run"
     flags = ["--recipe", recipe, "--out", str(out), "--quiet", "--online-probe"]
     train_byol.main(argv=flags)
-    checkpoint = read_weights(out / "checkpoints" / "step-00000010.pt")
-    assert same(checkpoint.tensors, read_weights(out).tensors)
+    assert same(loaded_from(out / "checkpoints" / "step-00000010.pt"), loaded_from(out))
 
 
-def test_a_torchvision_classifier_loads_without_its_last_layer():
-    theirs, mine = torchvision.models.resnet18(), encoder("imagenet", 1.0)
-    load_weights(mine, theirs.state_dict(), "x")
-    assert torch.equal(mine.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+def test_a_torchvision_classifier_loads_without_its_last_layer(tmp_path):
+    theirs = torchvision.models.resnet18().state_dict()
+    torch.save(theirs, tmp_path / "x.pth")
+    assert same(
+        loaded_from(tmp_path / "x.pth", EncoderConfig())
+        | below("fc.", {"weight": theirs["fc.weight"], "bias": theirs["fc.bias"]}),
+        theirs,
+    )
 
 
 def sequential(state, numbers="014567"):
@@ -121,16 +129,6 @@ def below(prefix, state):
 
 def on_meta(state):
     return {name: value.to("meta") for name, value in state.items()}
-
-
-CONFIG = EncoderConfig(stem="small", width=0.125)
-
-
-def loaded_from(path, config=CONFIG) -> dict:
-    """The state dict of a fresh encoder after loading what --ckpt `path` names."""
-    target = encoder(config.stem, config.width, seed=3)
-    read_weights(path).load_into(target, config, f"--ckpt {path}")
-    return target.state_dict()
 
 
 ELSEWHERE = {  # what other libraries write: mine, and a second network that is not meant
@@ -172,19 +170,12 @@ ELSEWHERE = {  # what other libraries write: mine, and a second network that is 
     },
     "args": lambda s, other: {**s, "args": {"lr": 0.1, "seeds": [1, 2]}, "epoch": 7},
     "nested": lambda s, other: {"a": [{"b": ({"state_dict": below("net.", s)},)}], 3: "x"},
-    "twice": lambda s, other: {"state_dict": below("encoder.", s), "model": s},
-    "byol-pytorch": lambda s, other: {
-        **below("net.", s),
-        **below("online_encoder.net.", s),
-        **below("target_encoder.net.", other),
-    },
     "dino": lambda s, other: {
         "student": below("module.backbone.", s),
         "teacher": below("backbone.", other),
         "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1.0}]},
     },
     "timm": lambda s, other: {"state_dict": s, "state_dict_ema": other, "arch": "resnet18"},
-    "camel": lambda s, other: {"model": s, "modelEma": other},
     "another shape beside it": lambda s, other: {
         "student": encoder(width=0.25).state_dict(),
         "teacher": s,
@@ -207,7 +198,7 @@ ELSEWHERE = {  # what other libraries write: mine, and a second network that is 
         "opt": {"state": [{"grad_avg": torch.ones(2)}], "hypers": [{"lr": 0.1}]},
     },
     "averages by other names": lambda s, other: {
-        "EMAModel": other,
+        "model_ema": other,
         "exponential_moving_average": other,
         "key_encoder": other,
         "polyak": other,
@@ -245,32 +236,33 @@ def test_the_config_of_another_tool_beside_its_weights_is_not_ours(tmp_path):
 
 def test_a_deeper_resnet_is_not_taken_for_a_part_of_it(tmp_path):
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "x.pth")
-    with pytest.raises(UserError, match="layer1.2.conv1.weight is unknown"):
+    with pytest.raises(UserError, match='Unexpected key.*"layer1.2.conv1.weight"'):
         loaded_from(tmp_path / "x.pth", EncoderConfig())
 
 
 def test_an_average_is_not_taken_where_the_trained_network_is_not_readable(tmp_path):
     state = encoder().state_dict()
     torch.save({"model": on_meta(state), "ema": state}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="conv1.weight is sparse, .* or without values"):
+    with pytest.raises(UserError, match='"conv1.weight", .* out of meta tensor'):
         loaded_from(tmp_path / "x.pth")
 
 
-def test_an_encoder_of_a_fork_that_wraps_a_resnet_stays_as_it_is(tmp_path):
-    """Its file says what it is; nothing is looked for below a prefix."""
-    state = below("backbone.", encoder().state_dict()) | {"neck.weight": torch.ones(2, 2)}
-    torch.save({"state_dict": state, "meta": META}, tmp_path / "encoder.pt")
-    assert same(read_weights(tmp_path / "encoder.pt").tensors, state)
+def test_an_encoder_of_a_fork_that_wraps_a_resnet_loads_whole(tmp_path, monkeypatch):
+    fork = nn.ModuleDict({"backbone": encoder(), "neck": nn.Linear(2, 2)})
+    monkeypatch.setitem(ENCODERS, "fork", lambda *shape: copy.deepcopy(fork))
+    save_encoder(tmp_path / "encoder.pt", fork, META | {"arch": "fork"})
+    config = dataclasses.replace(CONFIG, arch="fork")
+    assert same(loaded_from(tmp_path / "encoder.pt", config), fork.state_dict())
 
 
 def test_two_networks_of_equal_right_are_named(tmp_path):
+    """Equal ones too, as in byol-pytorch's learner."""
     state = below("left.", encoder(seed=1).state_dict()) | below("right.", encoder().state_dict())
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"x.pth: holds several networks .*\(left, right\).*:right"):
         loaded_from(tmp_path / "x.pth")
     for name, seed in (("left", 1), ("right", 0), ("right.", 0)):
-        found = loaded_from(f"{tmp_path}/x.pth:{name}")
-        assert same(found, encoder(seed=seed).state_dict()), name
+        assert same(loaded_from(f"{tmp_path}/x.pth:{name}"), encoder(seed=seed).state_dict()), name
     with pytest.raises(UserError, match="no network of that name"):
         loaded_from(f"{tmp_path}/x.pth:middle")
 
@@ -307,13 +299,8 @@ def test_safetensors_load_with_and_without_our_meta_data(tmp_path):
     for name in "ab":
         assert same(loaded_from(tmp_path / f"{name}.safetensors"), state)
     assert read_weights(tmp_path / "b.safetensors").meta == META
-    foreign = {"stem": "cifar", "tool": "x"}
-    save_file(dict(state), tmp_path / "model.bin", metadata=foreign)  # by its content
-    assert same(loaded_from(tmp_path / "model.bin"), state)
-    torch.save(state, tmp_path / "d.safetensors")
-    assert same(loaded_from(tmp_path / "d.safetensors"), state)
     (tmp_path / "c.safetensors").write_bytes(b"\x10" * 40)
-    with pytest.raises(UserError, match="c.safetensors: not a"):
+    with pytest.raises(UserError, match="c.safetensors: no checkpoint"):
         read_weights(tmp_path / "c.safetensors")
 
 
@@ -343,76 +330,48 @@ def test_what_is_refused_is_named_with_the_way_out(tmp_path, content, name, zipp
     with pytest.raises(UserError) as error:
         read_weights(tmp_path / "x.pth", "--init")
     text = str(error.value)
-    assert re.search(rf"{name}; ", text) and "torch.save(model.state_dict(), 'weights.pth')" in text
+    assert re.search(rf"{name}, ", text) and "torch.save(model.state_dict(), 'weights.pth')" in text
     assert text.startswith(f"--init {tmp_path}/x.pth: ") and "of this project" not in text
 
 
-def broken(change):
-    state = dict(encoder().state_dict())
-    change(state)
-    return state
-
-
 MISTAKES = {
-    "missing": (lambda s: s.pop("bn1.weight"), "bn1.weight is missing"),
-    "extra": (lambda s: s.update(more=torch.ones(1)), "more is unknown"),
-    "shape": (lambda s: s.update({"bn1.bias": torch.ones(3)}), "bn1.bias is (3,), expected (8,)"),
-}
-
-
-@pytest.mark.parametrize("change, text", MISTAKES.values(), ids=MISTAKES)
-def test_C11_what_does_not_fit_is_named_and_changes_nothing(change, text):
-    target = encoder(seed=5)
-    before = {k: v.clone() for k, v in target.state_dict().items()}
-    with pytest.raises(UserError) as error:
-        load_weights(target, broken(change), "--ckpt x.pt")
-    assert text in str(error.value) and "--ckpt x.pt" in str(error.value)
-    assert same(target.state_dict(), before)
-
-
-def test_C11_another_width_names_the_first_tensors():
-    with pytest.raises(UserError) as error:
-        load_weights(encoder(), encoder(width=0.25).state_dict(), "--ckpt x.pt")
-    text = str(error.value)
-    assert "conv1.weight is (16, 3, 3, 3), expected (8, 3, 3, 3)" in text and " more" in text
-    assert "\n" not in text and len(text) < 400
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_C13_weights_that_are_not_finite_are_refused(tmp_path, value):
-    state = broken(lambda s: s["layer3.0.conv1.weight"].view(-1)[7].fill_(value))
-    torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="--ckpt: layer3.0.conv1.weight is not finite"):
-        load_weights(encoder(), read_weights(tmp_path / "x.pt").tensors, "--ckpt")
-
-
-UNUSUAL = {
-    "sparse": lambda v: v.to_sparse(),
-    "quantized": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
-    "without values": lambda v: v.to("meta"),
-    "too large": lambda v: v.double() * 1e300,
-    "complex": lambda v: v.to(torch.complex64),
-    "integers": lambda v: v.to(torch.int8),
+    "missing": ("bn1.weight", lambda v: None, 'Missing key.*"bn1.weight"'),
+    "extra": ("layer1.more", lambda v: torch.ones(1), 'Unexpected key.*"layer1.more"'),
+    "shape": ("bn1.bias", lambda v: torch.ones(3), "size mismatch for bn1.bias"),
+    "not finite": ("bn1.bias", lambda v: v / 0, "bn1.bias is not finite"),
+    "too large": ("conv1.weight", lambda v: v.double() * 1e300, "conv1.weight is not finite"),
+    "sparse": ("conv1.weight", lambda v: v.to_sparse(), '"conv1.weight"'),
+    "without values": ("conv1.weight", lambda v: v.to("meta"), '"conv1.weight"'),
+    "quantized": (
+        "conv1.weight",
+        lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+        '"conv1.weight"',
+    ),
+    "another width": (
+        "conv1.weight",
+        lambda v: torch.ones(16, 3, 3, 3),
+        r"conv1.weight: .*\[16, 3, 3, 3\].*\[8, 3, 3, 3\]",
+    ),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL)
-@pytest.mark.parametrize("twice", [False, True])
-def test_unusual_tensors_are_one_line_that_names_one(tmp_path, change, twice):
+@pytest.mark.parametrize("key, change, text", MISTAKES.values(), ids=MISTAKES)
+def test_C11_C13_what_does_not_fit_is_one_line_that_names_it(tmp_path, key, change, text):
     state = encoder().state_dict()
-    state["layer1.0.conv1.weight"] = change(state["layer1.0.conv1.weight"])
-    torch.save({"a": state, "b": state | {}} if twice else state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="several networks|layer1.0.conv1.weight"):
-        loaded_from(tmp_path / "x.pth")
+    state[key] = change(state.get(key))
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=f"^--ckpt {tmp_path}/x.pt.*{text}") as error:
+        loaded_from(tmp_path / "x.pt")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_eight_bit_floats_load(tmp_path):
     state = {k: v.to(torch.float8_e4m3fn) if v.is_floating_point() else v
              for k, v in encoder(seed=1).state_dict().items()}  # fmt: skip
     torch.save(state, tmp_path / "x.pth")
-    found = loaded_from(tmp_path / "x.pth")
-    assert all(torch.equal(found[k], v.to(found[k].dtype)) for k, v in state.items())
+    loaded = loaded_from(tmp_path / "x.pth")
+    assert all(torch.equal(loaded[k], v.to(loaded[k].dtype)) for k, v in state.items())
 
 
 OTHER_TOOLS = {
@@ -424,18 +383,18 @@ OTHER_TOOLS = {
 
 
 @pytest.mark.parametrize("content", OTHER_TOOLS.values(), ids=OTHER_TOOLS)
-def test_files_of_other_tools_are_one_line_and_no_warning(tmp_path, recwarn, content):
+@pytest.mark.filterwarnings("ignore")  # torch's, about pickle protocols
+def test_files_of_other_tools_are_one_line(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.pth: not a checkpoint or state dict \("):
+    with pytest.raises(UserError, match=r"x\.pth: no checkpoint, or damaged"):
         read_weights(tmp_path / "x.pth")
-    assert not recwarn.list
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, {}, [1, 2], torch.ones(2), {"state_dict": {}}])
 def test_files_without_weights_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="x.pt"):
-        read_weights(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt: no (checkpoint|network)"):
+        loaded_from(tmp_path / "x.pt")
 
 
 def test_C9_a_folder_without_encoder_and_a_missing_path(tmp_path):
@@ -503,8 +462,8 @@ def test_init_imagenet_starts_from_torchvisions_cache(sample, recipe, tmp_path, 
     out = tmp_path / "run"
     script.main(argv=["--recipe", recipe, "--out", str(out), *IMAGENET])
     weights = read_weights(out)
-    assert torch.equal(weights.tensors["layer4.1.conv2.weight"],
-                       cached["layer4.1.conv2.weight"])  # fmt: skip
+    weight = loaded_from(out, EncoderConfig())["layer4.1.conv2.weight"]
+    assert torch.equal(weight, cached["layer4.1.conv2.weight"])
     assert weights.meta["mean"] == [0.485, 0.456, 0.406] == TORCHVISION["mean"]
     assert weights.meta["std"] == [0.229, 0.224, 0.225] == TORCHVISION["std"]
     assert weights.meta["init"] == "imagenet"
@@ -548,7 +507,7 @@ def test_C10_a_malicious_file_in_the_cache_is_not_run(cache, tmp_path):
 
 
 def test_bare_weights_need_their_shape_on_the_command_line(sample, run, tmp_path, capsys):
-    torch.save(read_weights(run).tensors, tmp_path / "bare.pt")
+    torch.save(loaded_from(run), tmp_path / "bare.pt")
     flags = ["--ckpt", str(tmp_path / "bare.pt"), "--dataset", "sample", "--quiet",
              "--linear.strength", "0.1", "--threads", "1", "--device", "cpu"]  # fmt: skip
     with pytest.raises(SystemExit) as stop:
