@@ -182,7 +182,7 @@ MUTATIONS = {
         "training/weights.py", "module.load_state_dict(state)",
         "module.load_state_dict(state, strict=False)", f"{WEIGHTS} -k C11"),
     "published weights refused for their missing counters": (
-        "training/weights.py", 'if k.endswith("batches_tracked")', "if False",
+        "training/weights.py", 'if not k.endswith("num_batches_tracked")', "if True",
         f"{WEIGHTS} -k imagenet"),
     # evaluation
     "k-NN on the test set": (

@@ -143,19 +143,18 @@ def flatten(value, name: str = "") -> dict[str, Tensor]:
 def find_network(
     tensors: dict[str, Tensor], expected: dict[str, Tensor], source: str, prefix: str | None
 ) -> dict[str, Tensor]:
-    """The one network in a file with the names and shapes of the state dict `expected`.
+    """The state dict in a file that has the names and shapes of `expected`.
 
-    prefix   its name in the file, or a part of it between dots; None: any
-    A moving average is taken only where no other network is there.  Where none has all shapes: the
-    one that shares most names.  UserError, which names the file by `source`, for none and several.
+    prefix   the network's name in the file, or a part of it between dots; None: any
+    Moving averages count only where there is no other network.  Where no shapes are right: the one
+    that shares most names.  UserError, which names the file by `source`, for none and for several.
     """
     networks = _candidates(tensors, expected)
     if prefix is not None:
         networks = {n: s for n, s in networks.items() if f".{prefix.strip('.')}." in f".{n}."}
     if not networks:
-        raise UserError(f"{source}: no network of that name in it with a {next(iter(expected))}")
-    shapes = _shapes(expected)
-    complete = {n: state for n, state in networks.items() if _shapes(state) == shapes}
+        raise UserError(f"{source}: no network in it has that name and a {next(iter(expected))}")
+    complete = {n: s for n, s in networks.items() if _shapes(s) == _shapes(expected)}
     if not complete:
         return max(networks.values(), key=lambda state: len(state.keys() & expected.keys()))
     words = {name: set(re.split("[^a-z]", name.lower())) for name in complete}
@@ -169,7 +168,7 @@ def find_network(
 
 
 def _candidates(tensors: dict, expected: dict) -> dict[str, dict[str, Tensor]]:
-    """Name -> state dict of all that begins like `expected`, below whatever prefix."""
+    """Name -> state dict of all networks that begin like `expected`, whatever their prefix."""
     networks, first = {}, next(iter(expected))
     for start in (first, f"0.{first.partition('.')[2]}"):  # nn.Sequential numbers its children
         for prefix in [k.removesuffix(start) for k in tensors if k.endswith(f".{start}")]:
@@ -180,16 +179,14 @@ def _candidates(tensors: dict, expected: dict) -> dict[str, dict[str, Tensor]]:
 
 
 def _renamed(state: dict, expected: dict, numbered: bool) -> dict[str, Tensor]:
-    """`state` with the names of `expected`, without heads beside it.
+    """`state` with the names of `expected`, without the heads.
 
     numbered   its children are numbers, in the order of those of `expected`
-    Counters of batch norms are 0 where they are missing, as in torchvision's published files.
     """
     children = theirs = list(dict.fromkeys(name.split(".")[0] for name in expected))
     if numbered:
-        theirs = sorted({k.split(".")[0] for k in state if k[0].isdecimal()}, key=int)
-    names = dict(zip(theirs, children, strict=False))
-    renamed = {k: torch.zeros_like(v) for k, v in expected.items() if k.endswith("batches_tracked")}
+        theirs = sorted(filter(str.isdecimal, {name.split(".")[0] for name in state}), key=int)
+    names, renamed = dict(zip(theirs, children, strict=False)), {}
     for key, value in state.items():
         child = key.split(".")[0]
         if child in names:
@@ -201,7 +198,8 @@ def _renamed(state: dict, expected: dict, numbered: bool) -> dict[str, Tensor]:
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items()}
+    """Without the batch norms' counters, which older files lack and torch sets to 0."""
+    return {k: v.shape for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
 def load_state(module: nn.Module, state: dict, source: str, what: str) -> None:
