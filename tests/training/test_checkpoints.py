@@ -123,8 +123,9 @@ def save_and_die(checkpoints, function: str, call: int, before: bool):
 
 @pytest.mark.parametrize("old", [[], [1, 2]], ids=["first", "later"])
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("function, call", [("fsync", 1), ("fsync", 2), ("fsync", 3),
-                                            ("replace", 1), ("replace", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "function, call", [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1), ("replace", 2)]
+)
 def test_C2_C3_a_kill_at_any_moment_of_a_save_loses_nothing(tmp_path, function, call, before, old):
     checkpoints = folder(tmp_path, *old)
     child = forked.Children(save_and_die, checkpoints, function, call, before).wait()[0]
@@ -234,9 +235,7 @@ def test_a_file_is_replaced_and_flushed_in_the_right_order(tmp_path, monkeypatch
     calls = []
     for name in ("fsync", "replace"):
         original = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *a, n=name, o=original: (calls.append(n), o(*a))[1]
-        )  # fmt: skip
+        monkeypatch.setattr(os, name, lambda *a, n=name, o=original: (calls.append(n), o(*a))[1])
     write_atomically(tmp_path / "a", b"new")
     assert calls == ["fsync", "replace", "fsync"] and (tmp_path / "a").read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
