@@ -37,7 +37,7 @@ def rejected(path: Path) -> str:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
         expected = path.with_suffix(".sha256").read_bytes()
     except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
+        return str(error)
     return "" if expected.startswith(actual.encode()) else "its checksum does not match"
 
 

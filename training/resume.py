@@ -33,12 +33,10 @@ def resume(session) -> bool:
         warn(processes, f"--override: {changed}")
     if processes.main:
         set_aside(session.checkpoints, done)
-    if state["processes"] != processes.world_size:
-        warn(
-            processes,
-            f"going on with {processes.world_size} processes after {state['processes']}: "
-            "the same images and views, sums rounded in another order",
-        )
+    before, now = state["processes"], processes.world_size
+    if before != now:
+        text = f"going on with {now} processes after {before}: sums are rounded in another order"
+        warn(processes, text)
     return bool(changed)
 
 

@@ -311,9 +311,9 @@ def test_C9_a_foreign_zip_a_folder_and_a_missing_file_are_refused(tmp_path):
 
 def test_rejected_says_why(tmp_path):
     path = tmp_path / "a.pt"
-    assert rejected(path) == "a.pt: No such file or directory"
+    assert "No such file" in rejected(path) and "a.pt" in rejected(path)
     save_file(path, state(1))
-    assert rejected(path) == "a.sha256: No such file or directory"
+    assert "No such file" in rejected(path) and "a.sha256" in rejected(path)
     save_file(path, state(1), checksum=True)
     assert rejected(path) == ""
 
