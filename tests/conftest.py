@@ -171,7 +171,7 @@ def trained_run(tmp_path_factory, subset) -> Path:
 
 def stl10_files(root: Path) -> Path:
     """STL-10's files with 2 black training images, 1 test image and 1 unlabelled; their folder."""
-    folder = root / stl10.FOLDER
+    folder = root / "stl10_binary"
     folder.mkdir(parents=True)
     for part, labels in (("train", [1, 10]), ("test", [1])):
         (folder / f"{part}_X.bin").write_bytes(bytes(len(labels) * stl10.IMAGE))
