@@ -4,192 +4,156 @@ They are decoded once, to uint8 squares of --store-size in DIR/.byol-pack (or in
 where that can't be written to), and again when a file comes, goes or changes.
 """
 
-import glob
+import hashlib
 import json
 import os
-import re
-import secrets
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from core.errors import UserError, first_process, printable
+from core.errors import UserError, printable, warn_once
 from core.files import locked
 from data.datasets import DataConfig, Dataset
 from data.decode import OURS, decode_all
 from data.images import Images
 from data.listing import Listing, list_images, some
-from data.packs import pack_folders, writable
-
-_prepared: dict[tuple[Path, int], Path] = {}  # (root, size) -> pack, of this process
 
 
-def prepare(root: Path, data: DataConfig) -> None:
-    """Pack the images unless an up-to-date pack exists; name those that cannot be read."""
-    key = root.absolute(), data.store_size
-    _prepared.pop(key, None)
+def prepare(root: Path, data: DataConfig) -> Path:
+    """The folder with the pack of the images as they are now, which is made if it is missing.
+
+    Images that can't be decoded are left out and named; UserError under --strict.
+    """
     listing = list_images(root)
-    if not (pack := _find(root, data.store_size, listing.state)):
-        place, ours = pack_folders(root, ".byol-pack")
-        place = place if writable(place / "lock") else ours
+    name = f"{data.store_size}-{listing.state}"
+    pack = _find(root, name)
+    if pack is None:
+        place = _writable_place(root)
         with locked(place / "lock"):
-            pack = _find(root, data.store_size, listing.state)
-            pack = pack or _pack(root, listing, place, data.store_size)
-    _prepared[key] = pack
-    bad = [name for name in _manifest(pack)["skipped"] if name[1] != OURS]
-    notes = listing.notes
-    if bad:
-        names = ", ".join(f"{name!r} ({reason})" for name, reason in bad[:3])
-        more = ", ..." if len(bad) > 3 else ""
-        text = f"{len(bad)} unreadable images in {printable(str(root))}: {names}{more}"
+            pack = _find(root, name)  # by another process in the meantime
+            if pack is None:
+                pack = place / name
+                _pack(root, listing, pack, data.store_size)
+    skipped = [f"{file} ({why})" for file, why in _manifest(pack)["skipped"] if why != OURS]
+    if skipped:
+        text = f"{len(skipped)} unreadable images in {printable(str(root))}: {some(skipped)}"
         if data.strict:
             raise UserError(f"--strict: {text}; replace or remove them")
-        notes = [*notes, f"{text}: left out; --strict refuses them"]
-    for text in notes if first_process() else ():
-        print(f"warning: {text}", file=sys.stderr)
+        warn_once(f"{text}: left out; --strict refuses them")
+    return pack
 
 
 def load(root: Path, data: DataConfig) -> Dataset:
-    """Map the pack of the images that are there now, made by `prepare`."""
-    pack, images, labels = _current(root, data), {}, {}
-    try:
-        counts = _manifest(pack)["counts"]
-        for split, by_class in counts.items():
-            images[split] = Images([np.load(pack / f"{split}.npy", mmap_mode="r")])
-            labels[split] = np.repeat(np.arange(len(by_class)), list(by_class.values()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--data-root {root}: no valid pack: {error}; delete {pack}") from None
+    """Map the pack of the images."""
+    pack, images, labels = prepare(root, data), {}, {}
+    files = _manifest(pack)["files"]
+    for split, by_class in files.items():
+        counts = [len(names) for names in by_class.values()]
+        shape = (sum(counts), 3, data.store_size, data.store_size)
+        try:
+            pixels = np.memmap(pack / f"{split}.bin", np.uint8, "r", shape=shape)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--data-root {root}: {error}; delete {pack}") from None
+        images[split] = Images([pixels])
+        labels[split] = np.repeat(np.arange(len(counts)), counts)
     return Dataset(
-        images.get("train"), labels.get("train"), images.get("unlabelled"), images.get("test"),
-        labels.get("test"), [printable(name) for name in counts.get("train", {})],
-    )  # fmt: skip
+        images.get("train"),
+        labels.get("train"),
+        images.get("unlabelled"),
+        images.get("test"),
+        labels.get("test"),
+        [printable(name) for name in files.get("train", {})],
+    )
 
 
 def file_names(root: Path, data: DataConfig, split: str) -> list[str]:
     """The files of a split, relative to `root`, in the order of its images."""
-    return json.loads((_current(root, data) / "files.json").read_bytes())[split]
-
-
-def _find(root: Path, size: int, state: str) -> Path | None:
-    """The pack of images in that state, whole and readable."""
-    for place in pack_folders(root, ".byol-pack"):
-        for name in glob.glob(f"{size}-{state[:16]}*", root_dir=place):
-            if _whole(place / name, root, size, state):
-                return place / name
-    return None
-
-
-def _whole(pack: Path, root: Path, size: int, state: str) -> bool:
-    """Whether it is complete, readable, and of the images in that state.
-
-    It is not complete where an image can be read now that another user couldn't read, or that was
-    out of reach for a while: neither changes the file.
-    """
-    try:
-        manifest = _manifest(pack)
-        files = [(pack / name, length) for name, length in manifest["bytes"].items()]
-        readable = all(f.stat().st_size == n and os.access(f, os.R_OK) for f, n in files)
-        refused = [root / name for name, why in manifest["skipped"] if why.startswith("[Errno")]
-        return (
-            readable
-            and manifest["state"] == state
-            and all(isinstance(again, str) for again in decode_all(refused, size))
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+    by_class = _manifest(prepare(root, data))["files"][split]
+    return [name for names in by_class.values() for name in names]
 
 
 def _manifest(pack: Path) -> dict:
+    """{"files": split -> class -> files in the pack, "skipped": (file, why it is left out)}."""
     return json.loads((pack / "manifest.json").read_bytes())
 
 
-def _current(root: Path, data: DataConfig) -> Path:
-    """The pack that this process has prepared, or else the one of the images as they are now."""
-    if pack := _prepared.get((root.absolute(), data.store_size)):
-        return pack
-    if pack := _find(root, data.store_size, list_images(root).state):
-        return pack
-    raise UserError(f"--data-root {root}: has no pack, or has changed since; start again")
+def _places(root: Path) -> tuple[Path, Path]:
+    """Where packs may lie: beside the images, or in a folder of ./datasets/packs."""
+    real = os.path.realpath(root)
+    digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:12]
+    elsewhere = f"{os.path.basename(real)[:40]}-{digest}"  # a name has 255 bytes at most
+    return root / ".byol-pack", Path("datasets", "packs", elsewhere)
 
 
-def _pack(root: Path, listing: Listing, place: Path, size: int) -> Path:
-    """Write a pack into the folder `place`, whole or not at all; older ones of that size go.
+def _find(root: Path, name: str) -> Path | None:
+    """The pack of that name, if there is one that can be read."""
+    for place in _places(root):
+        if os.access(place / name / "manifest.json", os.R_OK):
+            return place / name
+    return None
 
-    Its name is new: what is there may belong to somebody else, who alone can remove it.
-    """
-    new = secrets.token_hex(4)
-    pack, partial = place / f"{size}-{listing.state[:16]}-{new}", place / f"{size}.{new}.partial"
-    manifest = {"state": listing.state, "counts": {}, "bytes": {}, "skipped": []}
-    names, faint = {}, []
+
+def _writable_place(root: Path) -> Path:
+    """The first place where a file can be locked."""
+    beside, elsewhere = _places(root)
+    try:
+        beside.mkdir(exist_ok=True)
+        open(beside / "lock", "a").close()
+        return beside
+    except OSError:  # a read-only disk, somebody else's folder, a file of that name
+        return elsewhere
+
+
+def _pack(root: Path, listing: Listing, pack: Path, size: int) -> None:
+    """Write a pack, whole or not at all; older ones of that size in its folder go."""
+    partial = pack.with_name(f"{pack.name}.{os.getpid()}.partial")
+    files, skipped = {}, []
     try:
         partial.mkdir()
         for split, by_class in listing.files.items():
-            path = partial / f"{split}.npy"
-            counts, names[split] = _write(path, root, by_class, size, manifest["skipped"], faint)
-            manifest["counts"][split] = counts
-            gone = [name for name in by_class if by_class[name] and not counts[name]]
-            if gone and (split != "test" or not any(counts.values())):
-                file, reason = next(s for s in manifest["skipped"] if s[0] in by_class[gone[0]])
-                text = f"no image there can be read, as {file!r}: {reason}"
-                raise UserError(f"{printable(str(root / split / gone[0]))}: {text}")
-        (partial / "files.json").write_text(json.dumps(names), encoding="ascii")
-        manifest["bytes"] = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_text(json.dumps(manifest), encoding="ascii")
+            files[split], bad = _write(partial / f"{split}.bin", root, by_class, size)
+            skipped += bad
+        manifest = json.dumps({"files": files, "skipped": skipped})
+        (partial / "manifest.json").write_text(manifest, encoding="ascii")
         os.rename(partial, pack)
     except OSError as error:
-        raise UserError(f"--data-root: cannot write {pack}: {error.strerror}") from error
+        raise UserError(f"--data-root: {error.filename or pack}: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in place.glob(f"{size}*"):
-        if old != pack and re.match(r"\d+", old.name)[0] == str(size):
+    for old in pack.parent.glob(f"{size}-*"):
+        if old != pack:
             shutil.rmtree(old, ignore_errors=True)
-    print(printable(f"packed {root} at {size} px in {pack}; {listing} ignored"))
-    if faint:
-        print(
-            f"warning: 16-bit images in {some(faint)} use less than a sixteenth of the range and "
-            "come out nearly black (a 12-bit camera?): spread their values first",
-            file=sys.stderr,
-        )
-    return pack
+    print(printable(f"packed {root} at {size} px in {pack}; ignored: {listing.ignored}"))
 
 
-def _write(
-    path: Path, root: Path, by_class: dict, size: int, skipped: list, faint: list
-) -> tuple[dict[str, int], list[str]]:
-    """Stream a split to a .npy file; how many images each class has, and the files' names.
+def _write(path: Path, root: Path, by_class: dict, size: int) -> tuple[dict, list]:
+    """Write a split's images to the file `path`, end to end.
 
-    Written rather than memory-mapped, so that a full disk is an error and not a SIGBUS.
+    Returns (class -> files that are in it, (file, why) of those that can't be decoded); UserError
+    for a class of which none can be.  Not memory-mapped, so that a full disk is no SIGBUS.
     """
-    counts, names = dict.fromkeys(by_class, 0), []
-    with (
-        open(path, "wb") as file,
-        tqdm(total=sum(map(len, by_class.values())), desc=f"packing {path.stem}", unit=" images",
-             disable=None) as bar,
-    ):  # fmt: skip
-        _header(file, 0, size)
+    kept, skipped, brightest = {}, [], 0
+    total = sum(len(files) for files in by_class.values())
+    bar = tqdm(total=total, desc=f"packing {path.stem}", unit=" images", disable=None)
+    with open(path, "wb") as pack, bar:
         for name, files in by_class.items():
-            peaks = []
-            decoded = decode_all([root / f for f in files], size)
-            for file_name, image in zip(files, decoded, strict=True):
-                if isinstance(image, str):
-                    skipped.append([file_name, image])
-                else:
-                    file.write(image.pixels)
-                    peaks.append(image.peak)
-                    names.append(file_name)
+            kept[name] = []
+            decoded = decode_all([root / file for file in files], size)
+            for file, image in zip(files, decoded, strict=True):
                 bar.update()
-            counts[name] = len(peaks)
-            if deep := [peak for peak in peaks if peak is not None]:
-                faint += [f"{path.stem}/{name}".rstrip("/")] if max(deep) < 1 / 16 else []
-        _header(file, len(names), size)
-    return counts, names
-
-
-def _header(file, count: int, size: int) -> None:
-    """numpy leaves room for the first number to grow, so each header has the same length."""
-    file.seek(0)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)}
-    np.lib.format.write_array_header_1_0(file, header)
+                if isinstance(image, str):
+                    skipped.append((file, image))
+                else:
+                    pack.write(image)
+                    kept[name].append(file)
+                    brightest = max(brightest, image.max())
+            if files and not kept[name]:
+                why = printable(f"{root / path.stem / name}: no image can be decoded, as {file}")
+                raise UserError(f"{why}: {image}")
+    if brightest < 16:
+        warn_once(
+            f"{path.stem}: all images are nearly black; if 12 bits are stored as 16, spread them"
+        )
+    return kept, skipped

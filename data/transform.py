@@ -81,7 +81,7 @@ class EvalTransform:
         if not isinstance(images, Tensor):
             from data.decode import square  # Pillow is slow to import
 
-            images = torch.from_numpy(square(images, self.stored).pixels)
+            images = torch.from_numpy(square(images, self.stored))
         if images.dtype != torch.uint8:
             raise TypeError(f"expected an image or uint8 pixels, not {images.dtype}")
         images = images if images.ndim == 4 else images[None]

@@ -146,7 +146,7 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
                 continue
             print(f"warning: {path}: left out, not readable ({found})", file=sys.stderr)
         else:
-            pixels[len(names)] = found.pixels
+            pixels[len(names)] = found
             names.append(str(path))
     if not names:
         raise UserError(f"{' '.join(words)}: no readable image there; name files or folders")

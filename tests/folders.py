@@ -1,13 +1,13 @@
 """Folders of images for tests."""
 
 import contextlib
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from core.errors import warn_once
 from data import decode, folder
 from data.datasets import DataConfig
 
@@ -29,7 +29,7 @@ def save(path, image, **keywords):
 
 
 def pixels(path, size):
-    return decode.decode(path, size).pixels
+    return decode.decode(path, size)
 
 
 def flat(path, value, mode="RGB", size=(20, 20)):
@@ -37,6 +37,8 @@ def flat(path, value, mode="RGB", size=(20, 20)):
 
 
 def packed(root, **changes):
+    """The data set as a new process loads it."""
+    warn_once.cache_clear()
     config = DataConfig(dataset="folder", **{"store_size": SIZE, **changes})
     folder.prepare(root, config)
     return folder.load(root, config)
@@ -52,24 +54,24 @@ def root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "images"
     for n, name in enumerate(["cat/b.png", "cat/a.png", "ant/x/deep.png", "dog/c.PNG"]):
-        flat(root / "train" / name, (10 + n, 0, 0))
-    flat(root / "test" / "dog" / "d.png", (60, 0, 0))
-    flat(root / "test" / "ant" / "e.png", (61, 0, 0))
-    flat(root / "unlabelled" / "f.png", (90, 0, 0))
-    flat(root / "unlabelled" / "more" / "g.png", (91, 0, 0))
+        flat(root / "train" / name, (10 + n, 0, 200))
+    flat(root / "test" / "dog" / "d.png", (60, 0, 200))
+    flat(root / "test" / "ant" / "e.png", (61, 0, 200))
+    flat(root / "unlabelled" / "f.png", (90, 0, 200))
+    flat(root / "unlabelled" / "more" / "g.png", (91, 0, 200))
     return root
 
 
 @contextlib.contextmanager
 def read_only(monkeypatch, root):
-    """As root's rights don't have it: nothing below `root` can be written to."""
+    """As root's rights don't have it: no folder can be made below `root`."""
+    mkdir = Path.mkdir
+
+    def refuse(path, *arguments, **keywords):
+        if path.absolute().is_relative_to(root):
+            raise PermissionError(13, "Permission denied", str(path))
+        mkdir(path, *arguments, **keywords)
+
     with monkeypatch.context() as patch:
-        access = os.access
-        patch.setattr(
-            os,
-            "access",
-            lambda path, mode: (
-                not (mode & os.W_OK and Path(path).is_relative_to(root)) and access(path, mode)
-            ),
-        )
+        patch.setattr(Path, "mkdir", refuse)
         yield

@@ -3,11 +3,12 @@ import os
 import struct
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from folders import CONFIG, SIZE, flat, packed, picture, pixels, reds, save
+from folders import CONFIG, SIZE, flat, packed, picture, pixels, read_only, reds, save
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
@@ -173,13 +174,6 @@ def test_D7_unreadable_images_are_left_out_and_named(root, capsys, name):
         packed(root, strict=True)
 
 
-@pytest.mark.parametrize("side", [10_000, 20_000])  # Pillow warns of the one, refuses the other
-def test_D7_decompression_bombs_are_refused_before_they_are_decoded(root, capsys, side):
-    (root / "train" / "cat" / "bomb.png").write_bytes(bomb(side))
-    packed(root)
-    assert "decompression bomb" in capsys.readouterr().err
-
-
 def test_strict_refuses_at_once_and_accepts_the_repaired_folder(root):
     (root / "unlabelled" / "z.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="unlabelled/z.jpg"):
@@ -191,16 +185,16 @@ def test_strict_refuses_at_once_and_accepts_the_repaired_folder(root):
 def test_many_unreadable_images_are_counted_in_one_line(root, capsys):
     for n in range(5):
         (root / "unlabelled" / f"x{n}.png").write_bytes(b"")
-    os.symlink("/no/such/file", root / "unlabelled" / "x5\n.png")
+    (root / "unlabelled" / "x0\n.png").write_bytes(b"")
     packed(root)
     warning = capsys.readouterr().err.strip()
-    assert "6 unreadable" in warning and "x2.png" in warning and "x3" not in warning
+    assert "6 unreadable" in warning and "x1.png" in warning and "x2" not in warning
     assert warning.count("\n") == 0
 
 
 def test_a_class_that_cannot_be_read_is_an_error_and_leaves_nothing(root):
     (root / "train" / "dog" / "c.PNG").write_bytes(b"")
-    with pytest.raises(UserError, match="train/dog.*can be read"):
+    with pytest.raises(UserError, match="train/dog.*can be decoded, as train/dog/c.PNG"):
         packed(root)
     assert [p.name for p in (root / ".byol-pack").iterdir()] == ["lock"]
 
@@ -212,7 +206,7 @@ def test_other_files_are_ignored_but_counted(root, capsys):
         (root / "x.png").rename(root / name)
     flat(root / "train" / ".hidden" / "a.png", 0)
     assert len(packed(root).train) == 4
-    assert "4 other files" in capsys.readouterr().out
+    assert "ignored: 2 .png outside a class, 1 .md, 1 .txt\n" in capsys.readouterr().out
 
 
 def test_a_class_only_in_test_is_an_error(root):
@@ -233,14 +227,14 @@ def test_folders_without_images(tmp_path):
         packed(tmp_path / "loose")
 
 
-def test_links_are_followed_but_not_in_circles(root):
+def test_links_are_followed(root):
     outside = root.parent / "outside"
     flat(outside / "1.png", (77, 0, 0))
     os.symlink(outside, root / "train" / "eel")
-    os.symlink(root / "train", root / "train" / "cat" / "up")
+    os.symlink(outside / "1.png", root / "unlabelled" / "z.png")
     data = packed(root)
     assert data.class_names == ["ant", "cat", "dog", "eel"]
-    assert reds(data.train) == [12, 11, 10, 13, 77]
+    assert reds(data.train) == [12, 11, 10, 13, 77] and reds(data.unlabelled) == [90, 91, 77]
 
 
 @pytest.fixture
@@ -282,44 +276,40 @@ def test_each_store_size_has_its_own_pack(root, decoded):
 def test_an_interrupted_pack_is_started_afresh(root, monkeypatch):
     partial = root / ".byol-pack" / f"{SIZE}-0123.partial"
     partial.mkdir(parents=True)
-    (partial / "train.npy").write_bytes(b"half")
+    (partial / "train.bin").write_bytes(b"half")
     assert len(packed(root).train) == 4 and not partial.exists()
     flat(root / "train" / "cat" / "new.png", (50, 0, 0))
-    monkeypatch.setattr(folder, "_header", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        packed(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            packed(root)
     assert [p.name for p in (root / ".byol-pack").glob("*.partial")] == []
-    with pytest.raises(UserError, match="start again"):  # never the images of before
-        folder.load(root, CONFIG)
-    (root / "train" / "cat" / "new.png").unlink()
-    assert len(folder.load(root, CONFIG).train) == 4  # the old pack is whole
+    assert len(packed(root).train) == 5
 
 
 def test_a_damaged_pack_is_one_line(root):
     packed(root)
-    path = next((root / ".byol-pack").glob("*/train.npy"))
+    path = next((root / ".byol-pack").glob("*/train.bin"))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="delete .*byol-pack"):
         folder.load(root, CONFIG)
 
 
 def test_a_full_disk_is_one_line(root, monkeypatch):
-    def full(*args):
+    def full(*args, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder, "_header", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(UserError, match="No space left"):
         packed(root)
     assert [p.name for p in (root / ".byol-pack").iterdir()] == ["lock"]
 
 
 def test_read_only_folders_are_packed_beside_us(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert len(packed(root).train) == 4
+    with read_only(monkeypatch, root):
+        assert len(packed(root).train) == 4
     assert not (root / ".byol-pack").exists()
-    (pack,) = (tmp_path / "datasets" / "packs").glob("images-*")
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    assert len(list((tmp_path / "datasets" / "packs").glob("images-*"))) == 1
     assert len(packed(root).train) == 4 and not (root / ".byol-pack").exists()
 
 

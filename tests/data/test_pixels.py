@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from folders import SIZE, flat, packed, picture, pixels, reds, save
+from folders import SIZE, packed, picture, pixels, reds, save
 from PIL import Image
 
 from core.errors import UserError, warn_once
@@ -43,13 +43,13 @@ if ".pfm" in Image.registered_extensions():  # not in older releases of Pillow
 def test_pixels_whose_range_is_unknown_are_refused_by_name(root, capsys, ending, values):
     save(root / "train" / "cat" / f"odd.{ending}", Image.fromarray(values))
     assert reds(packed(root).train) == [12, 11, 10, 13]
-    assert f"train/cat/odd.{ending}' (32-bit or signed pixels" in told(capsys)
+    assert f"train/cat/odd.{ending} (32-bit or signed pixels" in told(capsys)
 
 
 def test_a_class_of_such_pixels_is_one_line_that_names_one_of_its_files(tmp_path):
     for name in ("ant", "bee"):
         save(tmp_path / "train" / name / f"{name}.tif", Image.fromarray(ramp(0, 1, np.float32)))
-    with pytest.raises(UserError, match=r"train/ant: .*'train/ant/ant.tif': 32-bit"):
+    with pytest.raises(UserError, match=r"train/ant: .*train/ant/ant.tif: 32-bit"):
         packed(tmp_path)
 
 
@@ -187,26 +187,15 @@ def test_the_first_of_several_frames(tmp_path, ending):
 
 
 @pytest.mark.parametrize("colour", [False, True])
-def test_twelve_bits_in_sixteen_are_warned_of_by_class(tmp_path, capsys, colour):
+def test_twelve_bits_in_sixteen_are_warned_of(tmp_path, capsys, colour):
     for n in range(3):
         deep(tmp_path / "train" / "faint" / f"{n}.png", 4095, colour)
-        deep(tmp_path / "train" / "mixed" / f"{n}.png", 65535 if n == 2 else 4095, colour)
-        flat(tmp_path / "train" / "black" / f"{n}.png", 3)
-    for n in range(2):
-        deep(tmp_path / "unlabelled" / f"{n}.png", 4000, colour)
+        deep(tmp_path / "unlabelled" / f"{n}.png", 65535 if n == 2 else 4095, colour)
     packed(tmp_path)
     text = told(capsys)
-    assert "train/faint" in text and "unlabelled" in text and "a sixteenth" in text
-    assert "train/mixed" not in text and "train/black" not in text and text.count("\n") == 1
+    assert "train: all images are nearly black" in text and text.count("\n") == 1
     packed(tmp_path)
     assert told(capsys) == ""  # at packing
-
-
-def test_one_bright_image_of_eight_bits_does_not_hide_a_faint_class(tmp_path, capsys):
-    deep(tmp_path / "train" / "faint" / "0.png", 4095)
-    flat(tmp_path / "train" / "faint" / "1.png", (255, 255, 255))
-    packed(tmp_path)
-    assert "train/faint" in told(capsys)
 
 
 # Pixels: EXIF
@@ -301,34 +290,6 @@ def test_a_jpeg_of_ninety_megapixels_is_packed(tmp_path):
     assert pixels(tmp_path / "a.jpg", SIZE)[:, 3, 3].tolist() == [77] * 3
 
 
-def test_what_is_held_in_memory_counts(tmp_path, monkeypatch):
-    """40,000 pixels of a JPEG become 2,500; a progressive one is held whole, at half a price."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    picture(200, 200).save(tmp_path / "a.jpg")
-    pixels(tmp_path / "a.jpg", SIZE)
-    picture(130, 130).save(tmp_path / "b.jpg", progressive=True)
-    pixels(tmp_path / "b.jpg", SIZE)
-    for name, size, more in (("c.jpg", SIZE, {"progressive": True}), ("d.jpg", 90, {})):
-        picture(200, 200).save(tmp_path / name, **more)
-        with pytest.raises(ValueError, match="40,000 pixels.*save it smaller"):
-            pixels(tmp_path / name, size)
-    save(tmp_path / "e.png", picture(200, 200))
-    (error,) = decode.decode_all([tmp_path / "e.png"], SIZE)
-    assert "40000 pixels" in error
-
-
-def test_a_jpeg_whose_channels_come_one_after_the_other_is_held_whole_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    picture(200, 200).save(tmp_path / "a.jpg")
-    first = b"\xff\xda\0\x0c\x03\x01\0\x02\x11\x03\x11\0\x3f\0"
-    alone = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
-    content = (tmp_path / "a.jpg").read_bytes()
-    assert content.count(first) == 1
-    (tmp_path / "b.jpg").write_bytes(content.replace(first, alone))
-    with pytest.raises(ValueError, match="40,000 pixels"):
-        pixels(tmp_path / "b.jpg", SIZE)
-
-
 @pytest.mark.parametrize("ending", ["ico", "icns", "gif"])
 def test_bombs_inside_other_formats(tmp_path, ending):
     """The outer header is of a small image."""
@@ -364,9 +325,9 @@ def test_endings_of_ignored_files_are_counted(root, capsys):
         (root / name).write_bytes(b"x")
     packed(root)
     line = capsys.readouterr().out
-    assert "8 other files (5 .heic, 2 .png outside a class, 1 without an ending) ignored" in line
+    assert "ignored: 5 .heic, 2 .png outside a class, 1 without an ending\n" in line
     shutil.rmtree(root / "train")
     (root / "train" / "cat").mkdir(parents=True)
     (root / "train" / "cat" / "1.heic").write_bytes(b"x")
-    with pytest.raises(UserError, match="no images, but .*1 .heic"):
+    with pytest.raises(UserError, match="no images .*1 .heic"):
         packed(root)

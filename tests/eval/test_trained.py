@@ -152,7 +152,7 @@ def test_features_come_with_labels_and_the_names_of_their_files(trained_run, min
         found["files"], found["labels"], found["splits"], found["features"], strict=True
     ):
         assert label == labels[name.rpartition("/")[0]] and split == name.split("/")[0]
-        images = Images([decode(mine / str(name), 28).pixels[None]])
+        images = Images([decode(mine / str(name), 28)[None]])
         own = extract(encoder, images, transform)
         torch.testing.assert_close(torch.from_numpy(row), own[0], rtol=1e-4, atol=1e-5)
 
@@ -219,7 +219,7 @@ def test_pictures_of_any_kind_are_brought_to_the_encoders_size(trained_run, tmp_
     image.save(tmp_path / "x.png", exif=exif)
     with Image.open(tmp_path / "x.png") as opened:
         found = transform(opened)
-    expected = transform(torch.from_numpy(decode(tmp_path / "x.png", 28).pixels))
+    expected = transform(torch.from_numpy(decode(tmp_path / "x.png", 28)))
     assert found.shape == (1, 3, 28, 28) and torch.equal(found, expected)
     assert found[0, 0, 27, 14] < found[0, 0, 0, 14]  # blue below, white above
 
@@ -234,7 +234,7 @@ def test_a_picture_is_turned_once(trained_run, tmp_path, ending):
     _, transform = load(trained_run)
     with Image.open(tmp_path / f"x.{ending}") as opened:
         found = transform(opened)
-    pixels = decode(tmp_path / f"x.{ending}", 28).pixels
+    pixels = decode(tmp_path / f"x.{ending}", 28)
     torch.testing.assert_close(found, transform(torch.from_numpy(pixels)), rtol=0, atol=0.1)
 
 
