@@ -1,4 +1,4 @@
-"""See the augmentation: originals, both views, and each operation at its extremes, as one PNG.
+"""See the augmentation: images, and several draws of each view, as one PNG.
 
 python -m data.preview --recipe recipes/sample.toml
 
@@ -6,6 +6,7 @@ Written to preview.png or --out; a file that exists is not replaced.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torchvision.utils import make_grid
 
 from core import options
 from core.errors import one_line_errors
@@ -23,7 +26,7 @@ from data.decode import SOFTWARE
 from data.loader import VIEWS, generator
 from data.views import View2Config, ViewConfig, apply, draw
 
-OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+DRAWS = 4  # of each view
 
 
 @dataclass(kw_only=True)
@@ -50,57 +53,20 @@ def run(config) -> dict:
     """Write the picture; returns the names of its columns."""
     data = datasets.load(config.data)
     images, _ = data.pretraining(config.data.pretrain_on)
-    rng, crop = generator(config.seed, VIEWS, 0), config.data.crop_size
+    rng = generator(config.seed, VIEWS, 0)
     chosen = np.sort(rng.choice(len(images), min(config.count, len(images)), replace=False))
     pixels = images.gather(chosen)
-    columns = {"original": pixels.float() / 255}
+    names, columns = ["original"], [pixels.float() / 255]
     for name in ("view1", "view2"):
         view = getattr(config, name)
-        drawn = draw(view, len(pixels), *images.shape, rng)
-        columns[name] = apply(pixels, view, drawn, view.size or crop)
-    columns |= extremes(pixels, [config.view1, config.view2], crop)
-    rows = [[x[i] for x in columns.values()] for i in range(len(pixels))]
-    save_png(mosaic(rows, list(columns)), config.out)
+        for _ in range(DRAWS):
+            drawn = draw(view, len(pixels), *images.shape, rng)
+            columns.append(apply(pixels, view, drawn, view.size or config.data.crop_size))
+            names.append(name)
+    save_png(mosaic(list(zip(*columns, strict=True)), names), config.out)
     if not config.quiet:
-        print(f"{config.out}: {len(rows)} images, {len(columns)} columns")
-    return {"columns": list(columns)}
-
-
-def extremes(pixels: Tensor, views: list[ViewConfig], crop: int) -> dict[str, Tensor]:
-    """Each operation that `views` can draw, alone, at both ends of its range: name -> images."""
-    count, height, width = len(pixels), *pixels.shape[2:]
-    whole = ViewConfig.supervised([1.0, 1.0], 0, 0.0)
-    still = draw(whole, count, height, width, np.random.default_rng(0))
-    still |= {name: np.full(count, float(name != "hue")) for name in OPERATIONS}
-    found = {}
-
-    def add(name: str, view: ViewConfig, **changed) -> None:
-        now = still | {k: np.full(count, v) for k, v in changed.items()}
-        found.setdefault(name, apply(pixels, view, now, view.size or crop))
-
-    for view in views:
-        ends = [(f"crop {100 * share:.0f} %", share, 1.0) for share in view.area]
-        ends += [(f"aspect {ratio:.2g}", 0.5, ratio) for ratio in view.aspect if ratio != 1]
-        for name, share, ratio in ends:
-            h = min(height, max(1, round((height * width * share / ratio) ** 0.5)))
-            w = min(width, max(1, round((height * width * share * ratio) ** 0.5)))
-            add(name, view, h=h, w=w, top=(height - h) // 2, left=(width - w) // 2)
-        if view.shift:
-            add(f"shift {view.shift} px", view, top=-view.shift, left=-view.shift)
-        if view.flip_p:
-            add("flip", view, flip=True)
-        for name in OPERATIONS if view.jitter_p else ():
-            strength = getattr(view, name)
-            middle = 0 if name == "hue" else 1
-            for value in (middle - strength, middle + strength) if strength else ():
-                add(f"{name} {value:.2g}", view, jitter=True, **{name: value})
-        if view.grey_p:
-            add("grey", view, grey=True)
-        for sigma in view.blur_sigma if view.blur_p else ():
-            add(f"blur {sigma:g} px", view, blur=True, sigma=float(sigma))
-        if view.solarize_p:
-            add("solarize", view, solarize=True)
-    return found
+        print(f"{config.out}: {len(pixels)} images, {DRAWS} draws of each view")
+    return {"columns": names}
 
 
 def save_png(image: Image.Image, path) -> None:
@@ -110,21 +76,19 @@ def save_png(image: Image.Image, path) -> None:
     image.save(path, "png", pnginfo=marks)
 
 
-def mosaic(rows: list[list[Tensor]], heads: list[str] = (), side: int = 96) -> Image.Image:
-    """Images (3, h, w) in 0..1 in a grid of tiles `side` pixels wide, names on top."""
-    gap, top = 4, 20 * bool(heads)
-    across = max(map(len, rows))
-    size = (across * (side + gap) + gap, len(rows) * (side + gap) + gap + top)
-    canvas = Image.new("RGB", size, "white")
+def mosaic(rows: Sequence[Sequence[Tensor]], heads: Sequence[str], side: int = 96) -> Image.Image:
+    """Rows of images (3, h, w) in 0..1 as tiles `side` pixels wide, under the names `heads`.
+
+    All rows have the same number of images.
+    """
+    gap, top = 4, 20
+    tiles = [interpolate(image[None], side, mode="area")[0] for row in rows for image in row]
+    grid = make_grid(tiles, nrow=len(rows[0]), padding=gap, pad_value=1.0)
+    grid = pad(grid.clamp(0, 1), (0, 0, top, 0), value=1.0)
+    canvas = Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
     for column, text in enumerate(heads):
         pen.text((gap + column * (side + gap), gap), text, fill="black", font=font)
-    for number, row in enumerate(rows):
-        for column, pixels in enumerate(row):
-            tile = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-            how = Image.Resampling.NEAREST if len(tile) < side else Image.Resampling.BICUBIC
-            tile = Image.fromarray(tile).resize((side, side), how)
-            canvas.paste(tile, (gap + column * (side + gap), top + gap + number * (side + gap)))
     return canvas
 
 
