@@ -18,7 +18,7 @@ from core.files import locked
 from data.datasets import DataConfig, Dataset
 from data.decode import OURS, decode_all
 from data.images import Images
-from data.listing import Listing, list_images, some
+from data.listing import Listing, list_images
 
 
 def prepare(root: Path, data: DataConfig) -> Path:
@@ -38,7 +38,8 @@ def prepare(root: Path, data: DataConfig) -> Path:
                 _pack(root, listing, pack, data.store_size)
     skipped = [f"{file} ({why})" for file, why in _manifest(pack)["skipped"] if why != OURS]
     if skipped:
-        text = f"{len(skipped)} unreadable images in {printable(str(root))}: {some(skipped)}"
+        some = ", ".join(skipped[:3])
+        text = printable(f"{len(skipped)} unreadable images in {root}, as {some}")
         if data.strict:
             raise UserError(f"--strict: {text}; replace or remove them")
         warn_once(f"{text}: left out; --strict refuses them")
@@ -47,8 +48,9 @@ def prepare(root: Path, data: DataConfig) -> Path:
 
 def load(root: Path, data: DataConfig) -> Dataset:
     """Map the pack of the images."""
-    pack, images, labels = prepare(root, data), {}, {}
+    pack = prepare(root, data)
     files = _manifest(pack)["files"]
+    parts = dict.fromkeys(("train", "train_labels", "unlabelled", "test", "test_labels"))
     for split, by_class in files.items():
         counts = [len(names) for names in by_class.values()]
         shape = (sum(counts), 3, data.store_size, data.store_size)
@@ -56,16 +58,10 @@ def load(root: Path, data: DataConfig) -> Dataset:
             pixels = np.memmap(pack / f"{split}.bin", np.uint8, "r", shape=shape)
         except (OSError, ValueError) as error:
             raise UserError(f"--data-root {root}: {error}; delete {pack}") from None
-        images[split] = Images([pixels])
-        labels[split] = np.repeat(np.arange(len(counts)), counts)
-    return Dataset(
-        images.get("train"),
-        labels.get("train"),
-        images.get("unlabelled"),
-        images.get("test"),
-        labels.get("test"),
-        [printable(name) for name in files.get("train", {})],
-    )
+        parts[split] = Images([pixels])
+        if split != "unlabelled":
+            parts[f"{split}_labels"] = np.repeat(np.arange(len(counts)), counts)
+    return Dataset(**parts, class_names=[printable(name) for name in files.get("train", {})])
 
 
 def file_names(root: Path, data: DataConfig, split: str) -> list[str]:

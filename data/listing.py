@@ -60,11 +60,6 @@ def image_files(root: Path) -> list[str]:
     return [path for path in _walk(root) if _is_image(path)]
 
 
-def some(names: list[str]) -> str:
-    """The first three, for a message."""
-    return ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
-
-
 def _walk(root: Path) -> list[str]:
     """All files below `root`, relative to it, sorted; links to folders are followed.
 

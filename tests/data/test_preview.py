@@ -11,10 +11,10 @@ from data.preview import mosaic
 
 def test_tiles_lie_where_they_should():
     red, blue = (torch.tensor(c).view(3, 1, 1).expand(3, 2, 2) for c in ([1.0, 0, 0], [0, 0, 1.0]))
-    found = np.asarray(mosaic([[red, blue], [blue]], ["a", "b"], side=10))
+    found = np.asarray(mosaic([[red, blue], [blue, red]], ["a", "b"], side=10))
     assert found.shape == (20 + 2 * 14 + 4, 2 * 14 + 4, 3)
     assert found[25, 5].tolist() == [255, 0, 0] and found[25, 19].tolist() == [0, 0, 255]
-    assert found[39, 5].tolist() == [0, 0, 255] and found[39, 19].tolist() == [255, 255, 255]
+    assert found[39, 5].tolist() == [0, 0, 255] and found[39, 19].tolist() == [255, 0, 0]
 
 
 def test_the_command_writes_a_picture_once(sample, recipe, tmp_path, capsys):
