@@ -87,18 +87,14 @@ def run(config: Config, processes: Processes, method_class: type[Method] = BYOL)
     ):
         every, history = config.run.knn_every, session.history()
         online = OnlineEval(data, loader, transform, processes, every, session.total, history)
-        size = "{}x{}".format(*images.shape)
+        height, width = images.shape
         say(
             processes,
-            f"{method.name} on {config.data.dataset}: {len(images):,} images of {size}, "
+            f"{method.name} on {config.data.dataset}: {len(images):,} images of {height}x{width}, "
             f"views of {config.data.crop_size}; {session.describe()}",
         )
         result = train(session, online, processes)
         session.finish(result)
-        if every:
-            from eval import projector  # of no use without evaluations
-
-            projector.show(session, online, data.class_names)
     report(result, out, processes)
     return result
 

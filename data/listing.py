@@ -63,7 +63,7 @@ def image_files(root: Path) -> list[str]:
 def _walk(root: Path) -> list[str]:
     """All files below `root`, relative to it, sorted; links to folders are followed.
 
-    What is hidden, an operating system's or TensorBoard's is left out.  OSError where a folder
+    What is hidden or an operating system's is left out.  OSError where a folder
     can't be read, UserError where a link leads to a folder that is reached in another way too.
     """
 
@@ -78,9 +78,6 @@ def _walk(root: Path) -> list[str]:
             raise UserError(f"{both} are one folder, by a link; remove one")
         seen[real] = folder
         folders[:] = [name for name in folders if _is_visible(name)]
-        if "tensors.tsv" in names:  # TensorBoard's, beside pictures of the images
-            folders.clear()
-            continue
         where = Path(folder).relative_to(root)
         files += [(where / name).as_posix() for name in names if _is_visible(name)]
     return sorted(files)

@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard: curves in groups, settings, views, the projector."""
+"""What a run shows in TensorBoard: curves in groups, settings, views."""
 
 import json
 from pathlib import Path
@@ -43,8 +43,3 @@ class TensorBoard(SummaryWriter):
                 lines += [f"| {table} | {key} | {json.dumps(v)} |" for key, v in values.items()]
         self.add_text("config", "\n".join(lines))
         self.add_image("views", views)
-
-    def embed(self, step: int, features: Tensor, names: list[str], images: Tensor) -> None:
-        """Add to the projector, once: features (N, D) with class names and images (N, 3, s, s)."""
-        if not Path(self.log_dir, f"{step:05d}").exists():
-            self.add_embedding(features, names or None, images, step, "features")

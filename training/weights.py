@@ -157,14 +157,19 @@ def find_network(
     complete = {n: s for n, s in networks.items() if _shapes(s) == _shapes(expected)}
     if not complete:
         return max(networks.values(), key=lambda state: len(state.keys() & expected.keys()))
-    words = {name: set(re.split("[^a-z]", name.lower())) for name in complete}
-    chosen = [name for name in complete if not AVERAGES & words[name]] or list(complete)
-    if len(chosen) > 1:
+    chosen = [name for name in complete if not AVERAGES & _words(name)] or list(complete)
+    first, *others = (complete[name] for name in chosen)
+    if any(not torch.equal(first[key], other[key]) for other in others for key in _shapes(first)):
         raise UserError(
             f"{source}: holds several networks of this shape ({', '.join(chosen)}); name the one "
             f"that is meant behind a colon, as in FILE:{chosen[-1]}"
         )
     return complete[chosen[0]]
+
+
+def _words(name: str) -> set[str]:
+    """EMAModel.encoder_k -> ema, model, encoder, k"""
+    return {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
 
 
 def _candidates(tensors: dict, expected: dict) -> dict[str, dict[str, Tensor]]:
@@ -207,6 +212,10 @@ def load_state(module: nn.Module, state: dict, source: str, what: str) -> None:
 
     source, what   the file and the settings that don't fit each other, in the error
     """
+    for name, value in module.state_dict().items():
+        dtype = state[name].dtype if name in state else value.dtype
+        if value.is_floating_point() and not dtype.is_floating_point:  # torch would convert it
+            raise UserError(f"{source}: {name} holds {dtype} values; save it as floating point")
     try:
         module.load_state_dict(state)
     except RuntimeError as error:  # it lists all names and shapes that don't fit

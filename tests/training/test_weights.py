@@ -74,7 +74,7 @@ def test_everything_that_a_run_leaves_loads_equal(run, tmp_path):
         shared, recipe_tables = tables_of(weights)
         assert recipe_tables["finetune"]["steps"] == 5
         shape = {"arch": "resnet18", "stem": "small", "width": 0.125}
-        assert shared["encoder"] == shape | {"init": "random"}
+        assert shared["encoder"] == shape
         assert shared["data"]["crop_size"] == 16
 
 
@@ -170,6 +170,13 @@ ELSEWHERE = {  # what other libraries write: mine, and a second network that is 
         "config": {"lr": 1.0},
     },
     "args": lambda s, other: {**s, "args": {"lr": 0.1, "seeds": [1, 2]}, "epoch": 7},
+    "twice": lambda s, other: {"state_dict": below("encoder.", s), "model": s},
+    "byol-pytorch": lambda s, other: {
+        **below("net.", s),
+        **below("online_encoder.net.", s),
+        **below("target_encoder.net.", other),
+    },
+    "camel": lambda s, other: {"model": s, "modelEma": other},
     "nested": lambda s, other: {"a": [{"b": ({"state_dict": below("net.", s)},)}], 3: "x"},
     "dino": lambda s, other: {
         "student": below("module.backbone.", s),
@@ -199,7 +206,7 @@ ELSEWHERE = {  # what other libraries write: mine, and a second network that is 
         "opt": {"state": [{"grad_avg": torch.ones(2)}], "hypers": [{"lr": 0.1}]},
     },
     "averages by other names": lambda s, other: {
-        "model_ema": other,
+        "EMAModel": other,
         "exponential_moving_average": other,
         "key_encoder": other,
         "polyak": other,
@@ -257,7 +264,6 @@ def test_an_encoder_of_a_fork_that_wraps_a_resnet_loads_whole(tmp_path, monkeypa
 
 
 def test_two_networks_of_equal_right_are_named(tmp_path):
-    """Equal ones too, as in byol-pytorch's learner."""
     state = below("left.", encoder(seed=1).state_dict()) | below("right.", encoder().state_dict())
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"x.pth: holds several networks .*\(left, right\).*:right"):
@@ -343,10 +349,12 @@ MISTAKES = {
     "too large": ("conv1.weight", lambda v: v.double() * 1e300, "conv1.weight is not finite"),
     "sparse": ("conv1.weight", lambda v: v.to_sparse(), '"conv1.weight"'),
     "without values": ("conv1.weight", lambda v: v.to("meta"), '"conv1.weight"'),
+    "integers": ("conv1.weight", lambda v: v.to(torch.int8), "conv1.weight holds torch.int8"),
+    "complex": ("conv1.weight", lambda v: v.to(torch.complex64), "conv1.weight holds torch.comp"),
     "quantized": (
         "conv1.weight",
         lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
-        '"conv1.weight"',
+        "conv1.weight holds torch.qint8",
     ),
     "another width": (
         "conv1.weight",
