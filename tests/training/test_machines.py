@@ -22,8 +22,8 @@ from launchers import ROOT, newest, rows
 from core import errors
 from core.errors import RunError, UserError, one_line_errors, put
 from core.files import locked, open_locked, write_atomically
-from core.options import RunConfig
 from training.command import check_run
+from training.config import EvalRun
 from training.distributed import SINGLE
 from training.encoder import EncoderConfig, fetch
 from training.launch import RELAUNCHED, relaunch_if_needed
@@ -429,7 +429,7 @@ def test_a_run_in_a_place_of_its_own(tmp_path, monkeypatch):
     images = Path("../images")
 
     def check(out, overwrite):
-        run = RunConfig(out=str(out), overwrite=overwrite)
+        run = EvalRun(out=str(out), overwrite=overwrite)
         check_run(SimpleNamespace(run=run, data=SimpleNamespace(data_root=str(images))))
 
     check("runs/x", True)
