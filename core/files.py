@@ -67,6 +67,15 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines, if there is one; what a crash cut short is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def write_json(path: Path, value) -> None:
     """Indented JSON, whole or not at all."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -4,13 +4,14 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from core.errors import printable
+from core.files import read_json_lines, write_atomically
 from eval.protocols import PROTOCOLS
 
-KEY = ("name", "init", "labels", "draw", "seed")
 CONTROLS = ("raw-pixels", "random-encoder")
 KINDS = {"linear": "linear", "knn": "k-NN"}  # classifiers in a table of methods
 
@@ -32,38 +33,39 @@ QUANTILES = """
 T975 = [float(quantile) for quantile in QUANTILES.split()]
 
 
+class Key(NamedTuple):
+    """Which cell of a table: row, starting point, label budget, label draw, pretraining seed."""
+
+    name: str
+    init: str
+    labels: int
+    draw: int
+    seed: int
+
+
 class Cells:
     """The measured cells of a table, one a line of cells.jsonl, so that a stopped run can go on.
 
-    A cell is {name, init, labels, draw, seed, top1, seconds, protocol, test_images}; its key is the
-    tuple of the first five.
+    A cell is {name, init, labels, draw, seed, top1, seconds, protocol, test_images}.
 
-    write   whether `add` also appends to the file
+    write   whether `add` also writes the file
     """
 
     def __init__(self, path: Path, write: bool) -> None:
         self.path, self.write, self.cells = path, write, {}
-        text = path.read_bytes() if path.exists() else b""
-        if write and text and not text.endswith(b"\n"):  # the next cell gets a line of its own
-            path.write_bytes(text + b"\n")
-        for line in text.splitlines():
-            try:
-                cell = json.loads(line)
-                self.cells[tuple(cell[k] for k in KEY)] = cell
-            except (ValueError, KeyError, TypeError):  # cut short by a crash: measured again
-                continue
+        for cell in read_json_lines(path):
+            if cell.keys() >= set(Key._fields):
+                self.cells[Key(*(cell[name] for name in Key._fields))] = cell
 
-    def __contains__(self, key: tuple) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self.cells
 
-    def add(self, key: tuple, **values) -> dict:
+    def add(self, key: Key, **values) -> None:
         """Keep a cell, in memory and on the disk."""
-        cell = dict(zip(KEY, key, strict=True)) | values
-        self.cells[key] = cell
+        self.cells[key] = dict(zip(Key._fields, key, strict=True)) | values
         if self.write:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(cell) + "\n")
-        return cell
+            lines = [json.dumps(cell) + "\n" for cell in self.cells.values()]
+            write_atomically(self.path, "".join(lines).encode())
 
     def matrix(self, name: str, init: str, labels: int) -> tuple[np.ndarray, list[int]]:
         """Top-1 of one row at one label budget, (seeds, draws), and the numbers of the draws.

@@ -14,7 +14,14 @@ from pathlib import Path
 import torch
 
 from core.errors import UserError, put
-from core.files import open_locked, read_json, remove_leftovers, write_atomically, write_json
+from core.files import (
+    open_locked,
+    read_json,
+    read_json_lines,
+    remove_leftovers,
+    write_atomically,
+    write_json,
+)
 from core.options import differences
 from training.distributed import Processes, sum_over_ranks
 
@@ -187,12 +194,7 @@ class RunFolder(contextlib.ExitStack):
 
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl; a line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            rows.append(row | {"step": int(row["step"])})
-    return rows
+    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
 
 
 @functools.cache  # it goes into each checkpoint
