@@ -20,10 +20,17 @@ from data import datasets
 from data.labelled import Split, each_fold, evaluation
 from eval.augmented import AugmentedConfig, fit_augmented
 from eval.classifiers import LinearConfig, MLPConfig, fit
-from eval.frozen import Features, FrozenEncoder
 from eval.knn import knn_top1
 from eval.protocols import of_head, over_folds, record
-from eval.trained import CkptConfig, ckpt_config, folder_beside, from_config, prepare
+from eval.trained import (
+    CkptConfig,
+    Features,
+    FrozenEncoder,
+    ckpt_config,
+    folder_beside,
+    from_config,
+    prepare,
+)
 from training.checkpoints import save_file
 from training.command import execute
 from training.config import EvalRun

@@ -15,6 +15,7 @@ table reports take the place of the test images.
 
 import dataclasses
 import importlib
+import itertools
 import platform
 import shlex
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import finetune
 import train_baseline
@@ -35,18 +37,18 @@ from core.errors import UserError
 from core.files import read_json, write_json
 from core.options import make_config, option, parse, with_method
 from data import datasets
-from data.labelled import evaluation
-from data.transform import eval_sizes
+from data.images import Images
+from data.labelled import Split, evaluation
+from data.transform import eval_sizes, frame
 from eval import supervised
 from eval.classifiers import LinearConfig, MLPConfig, fit
-from eval.frozen import Features, FrozenEncoder, pixels
 from eval.knn import knn_top1
 from eval.protocols import of_head
-from eval.table import CONTROLS, Cells, markdown, method_rows, methods_markdown
-from eval.trained import load
-from training import distributed
+from eval.table import CONTROLS, Cells, Key, markdown, method_rows, methods_markdown
+from eval.trained import Features, FrozenEncoder, load
 from training.command import execute
 from training.config import TableRun
+from training.distributed import Processes, barrier
 from training.encoder import EncoderConfig, NewEncoderConfig, fetch
 from training.method import Method
 from training.optimizers import OptimConfig
@@ -100,7 +102,7 @@ def method_of(name: str) -> type[Method]:
 
 
 def configure(argv: list[str]) -> Config:
-    """The settings of the whole table; a mistake in any table that it needs shows up here."""
+    """The settings of the table; UserError for a mistake in those of any of its runs."""
     config = make_config(Config, parse(Config, argv, __doc__))
     if not config.recipe:
         raise UserError("--recipe is missing: name one of recipes/*.toml")
@@ -117,9 +119,14 @@ def configure(argv: list[str]) -> Config:
     return config
 
 
+def typed_for(config: Config, tables: tuple) -> dict:
+    """What the command line says for some tables."""
+    return {k: v for k, v in config.typed.items() if k.split(".")[0] in tables}
+
+
 def pretraining_settings(config: Config) -> list[train_byol.Config]:
-    """Those of each method; a UserError where its table in the recipe is wrong."""
-    typed = {k: v for k, v in config.typed.items() if k == "recipe" or k.startswith("optim.")}
+    """The settings of pretraining by each method; UserError where its table has a mistake."""
+    typed = typed_for(config, ("recipe", "optim"))
     return [train_byol.settings(typed, method_of(name)) for name in config.methods]
 
 
@@ -134,71 +141,67 @@ def check_budgets(config: Config) -> None:
 
 
 class Table:
-    """What all rows share: data, settings, finished cells, and how a script's run is called."""
+    """What all rows share: the settings, the data, and the cells that are measured already."""
 
-    def __init__(self, config, processes) -> None:
-        self.config, self.processes = config, processes
-        self.quiet = dataclasses.replace(processes, quiet=True)
-        self.out = Path(config.run.out)
+    def __init__(self, config: Config, processes: Processes) -> None:
+        self.config, self.processes, self.out = config, processes, Path(config.run.out)
         self.data = datasets.load(config.data)
-        for budget in config.reproduce.budgets:  # refuses those that the data set can't give
-            try:
-                self.split(budget, config.reproduce.first_draw)
-            except UserError as error:  # it names the scripts' flag
-                raise UserError(str(error).replace("--labels", "--reproduce.budgets")) from None
-        images, _ = self.data.pretraining(config.data.pretrain_on)
-        batch = max(settings.optim.batch_size for settings in pretraining_settings(config))
-        if batch > len(images):
-            raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
-        eval_sizes(config.data, images.shape)  # refuses wrong ones
+        self.check()
         if processes.main:
             self.out.mkdir(parents=True, exist_ok=True)
-            same_settings(self.out / "settings.json", config)
-            self.cells = Cells(self.out / "cells.jsonl", True)
-        distributed.barrier()
-        if not processes.main:
-            self.cells = Cells(self.out / "cells.jsonl", False)
-        distributed.barrier()
-        r = config.reproduce
-        self.draws = range(r.first_draw, r.first_draw + r.draws)
-        self.trained = range(r.first_draw, r.first_draw + r.trained_draws)
+            keep_settings(self.out / "settings.json", config)
+        barrier()
+        self.cells = Cells(self.out / "cells.jsonl", processes.main)
+        barrier()  # before the main process adds one
 
-    def typed(self, folder: str, more: dict) -> dict:
-        """What a run inside this table gets: what was typed for the table, its folder, and more."""
-        shared = {k: v for k, v in self.config.typed.items() if k.split(".")[0] in SHARED}
-        return shared | {"run.out": str(self.out / folder), "run.resume": "auto"} | more
+    def check(self) -> None:
+        """UserError where the data set is too small, before anything is measured."""
+        for budget in self.config.reproduce.budgets:
+            try:
+                self.split(budget, self.config.reproduce.first_draw)
+            except UserError as error:  # it names the flag of the scripts
+                raise UserError(str(error).replace("--labels", "--reproduce.budgets")) from None
+        images, _ = self.data.pretraining(self.config.data.pretrain_on)
+        batch = max(s.optim.batch_size for s in pretraining_settings(self.config))
+        if batch > len(images):
+            raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
+        eval_sizes(self.config.data, images.shape)
 
-    def split(self, labels: int, draw: int):
-        """The labelled images of one draw and what is measured on."""
+    def split(self, labels: int, draw: int) -> Split:
+        """The labelled images of one draw, and the images that are measured on."""
         on = self.config.data.evaluate_on
-        settings = datasets.LabelledData(labels=labels, draw=draw, evaluate_on=on)
-        return evaluation(self.data, settings)
-
-    def missing(self, name: str, init: str, seed: int, draws) -> list[tuple]:
-        """Keys of the cells of one row that are not there yet."""
-        everything = len(self.data.train)  # one draw is all there is of it
-        keys = [
-            (name, init, b, d, seed)
-            for b in self.config.reproduce.budgets
-            for d in (draws[:1] if b == everything else draws)
-        ]
-        return [key for key in keys if key not in self.cells]
-
-    def add(self, key: tuple, top1: float, seconds: float, protocol: str, images: int) -> None:
-        """Keep one cell and print it."""
-        figures = dict(top1=round(top1, 4), seconds=round(seconds, 3), protocol=protocol)
-        self.cells.add(key, **figures, test_images=images)
-        name, init, labels, draw, seed = key
-        say(
-            self.processes,
-            f"{name:>20} ({init}) {labels:>6,} labels, draw {draw}, seed {seed}: "
-            f"{top1:6.2f} %  {seconds:.1f} s",
+        return evaluation(
+            self.data, datasets.LabelledData(labels=labels, draw=draw, evaluate_on=on)
         )
 
+    def missing(self, name: str, init: str, seed: int, draws: int) -> list[Key]:
+        """Keys of the cells of one row that are not measured yet, `draws` at each label budget."""
+        r, keys = self.config.reproduce, []
+        for budget in r.budgets:
+            count = 1 if budget == len(self.data.train) else draws  # all labels: one draw
+            for draw in range(r.first_draw, r.first_draw + count):
+                keys.append(Key(name, init, budget, draw, seed))
+        return [key for key in keys if key not in self.cells]
 
-def same_settings(path: Path, config: Config) -> None:
-    """UserError where --out holds cells of other settings; what only adds cells may change."""
-    more = ("run", "reproduce")
+    def add(self, key: Key, top1: float, seconds: float, protocol: str, images: int) -> None:
+        """Keep one cell and print it."""
+        values = dict(top1=round(top1, 4), seconds=round(seconds, 3), protocol=protocol)
+        self.cells.add(key, **values, test_images=images)
+        say(
+            self.processes,
+            f"{key.name:>20} ({key.init}) {key.labels:>6,} labels, draw {key.draw}, "
+            f"seed {key.seed}: {top1:6.2f} %  {seconds:.1f} s",
+        )
+
+    def typed(self, folder: str, more: dict, tables: tuple = SHARED) -> dict:
+        """The command line of a run: what was typed for `tables`, the run's folder, and `more`."""
+        typed = typed_for(self.config, tables)
+        return typed | {"run.out": str(self.out / folder), "run.resume": "auto"} | more
+
+
+def keep_settings(path: Path, config: Config) -> None:
+    """Write what shapes the cells; UserError where --out holds cells of other settings."""
+    more = ("run", "reproduce")  # they change no cell, and may ask for more of them
     recipe = {name: table for name, table in config.recipe_tables.items() if name not in more}
     flags = {k: v for k, v in config.typed.items() if "." in k and k.split(".")[0] not in more}
     settings = {"recipe": recipe, "flags": flags}
@@ -210,30 +213,42 @@ def same_settings(path: Path, config: Config) -> None:
     write_json(path, settings)
 
 
-def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, build=None) -> None:
-    """Rows on frozen features: {row name: linear | mlp | knn}, over all budgets and draws.
+def pixels(images: Images, side: int = 32) -> Tensor:
+    """Raw pixels as features: values in 0..1, at most `side` pixels high, (N, 3 * h * w).
 
-    build   function that gives the encoder and its EvalTransform; raw pixels without one
+    Gray images have one channel.
     """
-    cells = [(k, h) for n, h in rows.items() for k in table.missing(n, init, seed, table.draws)]
+    height, blocks = min(side, images.shape[0]), torch.arange(len(images)).split(1024)
+    x = torch.cat([frame(images.gather(rows.numpy()), height, 0) for rows in blocks])
+    return (x[:, :1] if images.gray else x).flatten(1)
+
+
+def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, build=None) -> None:
+    """Measure rows on frozen features: {row name: linear | mlp | knn}, over budgets and draws.
+
+    build   function that gives the encoder and its EvalTransform; None for raw pixels
+    """
+    c, cells = table.config, []
+    for name, head in rows.items():
+        cells += [(key, head) for key in table.missing(name, init, seed, c.reproduce.draws)]
     if not cells:
         return
     extract = FrozenEncoder(*build(), table.processes) if build else pixels
-    c, classes, features = table.config, len(table.data.class_names), Features(extract, table.data)
-    for key, how in cells:
-        split = table.split(key[2], key[3])
+    features, classes = Features(extract, table.data), len(table.data.class_names)
+    for key, head in cells:
+        split = table.split(key.labels, key.draw)
         x, y = features(split.train), features(split.test)
-        begun, truth = time.perf_counter(), torch.from_numpy(split.test.labels)
-        if how == "knn":
+        started, truth = time.perf_counter(), torch.from_numpy(split.test.labels)
+        if head == "knn":
             top1 = knn_top1(x, torch.from_numpy(split.train.labels), y, truth)
         else:
-            top1 = fit(how, x, split.train.labels, classes, c.linear, c.mlp, seed).top1(y, truth)
-        protocol = of_head(how, c.linear.strength, "features" if build else "pixels")
-        table.add(key, top1, time.perf_counter() - begun, protocol, len(truth))
+            top1 = fit(head, x, split.train.labels, classes, c.linear, c.mlp, seed).top1(y, truth)
+        protocol = of_head(head, c.linear.strength, "features" if build else "pixels")
+        table.add(key, top1, time.perf_counter() - started, protocol, len(truth))
 
 
 def control_rows(table: Table, inits: list[str]) -> None:
-    """Raw pixels, random encoders of the same shape, and untouched ImageNet features."""
+    """Measure raw pixels, random encoders of the same shape, and untouched ImageNet features."""
     frozen_rows(table, {"raw-pixels": "linear"}, "none", 0)
     for seed in range(table.config.reproduce.seeds):
         build = partial(starting_point, table, "random", seed)
@@ -256,109 +271,117 @@ def starting_point(table: Table, init: str, seed: int):
 
 
 def trained_rows(table: Table, name: str, init: str, seed: int, script, more: dict) -> None:
-    """Rows whose network is trained on the labels: the script's own run, one folder a cell."""
-    for key in table.missing(name, init, seed, table.trained):
-        labels, draw = key[2], key[3]
-        folder = f"{name}-{init}/seed{seed}-labels{labels}-draw{draw}"
-        of_cell = {"data.labels": labels, "data.draw": draw, "run.seed": draw, "run.save_every": 0}
-        begun = time.perf_counter()
-        config = script.settings(table.typed(folder, of_cell | more))
-        result = script.run(config, table.quiet)
-        seconds = time.perf_counter() - begun
+    """Measure a row whose networks are trained on labels: runs of `script`, one folder a cell."""
+    quiet = dataclasses.replace(table.processes, quiet=True)
+    for key in table.missing(name, init, seed, table.config.reproduce.trained_draws):
+        folder = f"{name}-{init}/seed{seed}-labels{key.labels}-draw{key.draw}"
+        of_cell = {"data.labels": key.labels, "data.draw": key.draw, "run.seed": key.draw}
+        started = time.perf_counter()
+        typed = table.typed(folder, {"run.save_every": 0, **of_cell, **more})
+        result = script.run(script.settings(typed), quiet)
+        seconds = time.perf_counter() - started
         table.add(key, result["top1"], seconds, result["protocol"], result["test_images"])
 
 
+def pretrain(table: Table, method: type[Method], init: str, seed: int) -> Path:
+    """Pretrain, unless that is done; returns the run folder, which is inside the table's."""
+    folder = f"{method.name}-{init}-seed{seed}"
+    typed = table.typed(folder, {"encoder.init": init, "run.seed": seed}, (*SHARED, "optim"))
+    train_byol.run(train_byol.settings(typed, method), table.processes, method)
+    return table.out / folder
+
+
 def prepare(config: Config) -> None:
-    """Download and pack what is missing: found out now, not after hours."""
+    """Fetch data and published weights, so that a missing one is an error before the first row."""
     datasets.prepare(config.data)
     for init in config.reproduce.inits:
         fetch(EncoderConfig(**vars(config.encoder), init=init))
 
 
-def pretrain(table: Table, method: type[Method], init: str, seed: int, folder: str) -> Path:
-    """Pretrain, unless that is done; returns the run folder, which lies in the table's."""
-    optim = {k: v for k, v in table.config.typed.items() if k.startswith("optim.")}
-    typed = table.typed(folder, optim | {"encoder.init": init, "run.seed": seed})
-    train_byol.run(train_byol.settings(typed, method), table.processes, method)
-    return table.out / folder
-
-
-def run(config: Config, processes) -> dict:
-    """All rows; writes results.json, results.md and results.png into --out."""
-    table, r, started = Table(config, processes), config.reproduce, time.perf_counter()
-    methods, folders = [method_of(name) for name in config.methods], []
-    if len(methods) > 1:
-        return compare(table, methods)
-    method, m = methods[0], methods[0].name
-    control_rows(table, r.inits)
-    for init in r.inits:
-        trained_rows(table, "baseline", init, 0, train_baseline, {"encoder.init": init})
+def run(config: Config, processes: Processes) -> dict:
+    """Measure all rows, and write the table into --out; returns what its JSON files hold."""
+    table, r = Table(config, processes), config.reproduce
+    methods = [method_of(name) for name in config.methods]
+    alone = len(methods) == 1
+    inits, heads = (r.inits, ("knn", "linear", "mlp")) if alone else (["random"], ("linear", "knn"))
+    control_rows(table, inits)
+    folders = {}
+    for method, init in itertools.product(methods, inits):
+        m = method.name
+        if alone:
+            trained_rows(table, "baseline", init, 0, train_baseline, {"encoder.init": init})
         for seed in range(r.seeds):
-            folders.append(pretrain(table, method, init, seed, f"{m}-{init}-seed{seed}"))
-            rows = {f"{m}-knn": "knn", f"{m}-linear": "linear", f"{m}-mlp": "mlp"}
-            frozen_rows(table, rows, init, seed, partial(load, folders[-1]))
-            more = {"ckpt": str(folders[-1])}
-            trained_rows(table, f"{m}-finetune", init, seed, finetune, more)
-    rows, claims = table.cells.rows(), table.cells.claims(m)
-    total = time.perf_counter() - started
-    if processes.main:
-        report(table, rows, claims, folders)
-    say(processes, f"{table.out}/results.md, .json and .png written; {total / 60:.1f} minutes")
+            folder = pretrain(table, method, init, seed)
+            rows = {f"{m}-{head}": head for head in heads}
+            frozen_rows(table, rows, init, seed, partial(load, folder))
+            if alone:
+                trained_rows(table, f"{m}-finetune", init, seed, finetune, {"ckpt": str(folder)})
+            folders.setdefault(m, []).append(folder)
+    if alone:
+        return write_results(table, m, folders[m])
+    return write_methods(table, folders)
+
+
+def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
+    """Write methods.json, .md and .png, and print the table.
+
+    folders   the pretraining runs by the name of their method
+    """
+    from eval.pictures import methods_figure, save  # matplotlib is slow to import
+
+    rows, budgets, out = [], table.config.reproduce.budgets, table.out
+    for name, runs in folders.items():
+        metrics = [row for folder in runs for row in read_metrics(folder / "metrics.jsonl")[1:]]
+        rate = float(np.median([row["images_per_second"] for row in metrics]))
+        rows += method_rows(table.cells, name, budgets, rate)
+    for control in CONTROLS:
+        rows += method_rows(table.cells, control, budgets, None)
+    text = methods_markdown(rows)
+    if table.processes.main:
+        write_json(out / "methods.json", rows)
+        (out / "methods.md").write_text(text, encoding="utf-8")
+        save(out / "methods.png", methods_figure, rows)
+    say(table.processes, f"\n{text}\n{out}/methods.md, .json and .png written")
+    return {"rows": rows}
+
+
+def write_results(table: Table, method: str, folders: list[Path]) -> dict:
+    """Write results.json, claims.json, results.md, results.png, curves.png; print the table.
+
+    folders   the pretraining runs
+    """
+    from eval.pictures import accuracy_figure, curves_figure, save  # matplotlib is slow to import
+
+    rows, claims = table.cells.rows(), table.cells.claims(method)
+    text = markdown(rows, claims, table.config.reproduce.title, notes(table, rows, folders))
+    if table.processes.main:
+        out = table.out
+        write_json(out / "results.json", rows)
+        write_json(out / "claims.json", claims)
+        (out / "results.md").write_text(text, encoding="utf-8")
+        save(out / "results.png", accuracy_figure, rows, table.config.reproduce.title)
+        curves = {folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders}
+        save(out / "curves.png", curves_figure, curves)
+    say(table.processes, f"\n{text}\n{table.out}/results.md, .json and .png written")
     return {"rows": rows, "claims": claims}
 
 
-def compare(table: Table, methods: list[type]) -> dict:
-    """Pretrain each method with each seed, measure; methods.md, .json and .png in --out."""
-    budgets, found = table.config.reproduce.budgets, []
-    control_rows(table, ["random"])
-    for method in methods:
-        rates = []
-        for seed in range(table.config.reproduce.seeds):
-            folder = pretrain(table, method, "random", seed, f"{method.name}-seed{seed}")
-            rows = {f"{method.name}-linear": "linear", f"{method.name}-knn": "knn"}
-            frozen_rows(table, rows, "random", seed, partial(load, folder))
-            rates += [
-                row["images_per_second"] for row in read_metrics(folder / "metrics.jsonl")[1:]
-            ]
-        found += method_rows(table.cells, method.name, budgets, float(np.median(rates)))
-    for name in CONTROLS:
-        found += method_rows(table.cells, name, budgets, None)
-    text = methods_markdown(found)
-    if table.processes.main:
-        from eval.pictures import methods_figure, save  # matplotlib is slow to import
-
-        write_json(table.out / "methods.json", found)
-        (table.out / "methods.md").write_text(text, encoding="utf-8")
-        save(methods_figure(found), table.out / "methods.png")
-    say(table.processes, f"\n{text}\n{table.out}/methods.md, .json and .png written")
-    return {"rows": found}
-
-
-def report(table: Table, rows, claims, folders: list[Path]) -> None:
-    """Write the table in three forms, the picture of pretraining, and print the table."""
-    from eval.pictures import accuracy_figure, curves_figure, save  # matplotlib is slow to import
-
-    c, out, p = table.config, table.out, table.processes
-    costs = [read_json(f / "result.json")["seconds"] for f in folders]
+def notes(table: Table, rows: list[dict], folders: list[Path]) -> list[str]:
+    """Paragraphs of results.md: images, cost and machine, command and commit."""
+    data, p = table.config.data, table.processes
+    seconds = np.mean([read_json(folder / "result.json")["seconds"] for folder in folders])
     threads = read_json(folders[0] / "config.json")["threads"]
-    notes = [
-        f"{c.data.dataset}: measured on {rows[0]['test_images']:,} {c.data.evaluate_on} images. "
-        f"Pretraining took {sum(costs) / len(costs):.0f} s a seed on {p.world_size} x "
-        f"{p.device.type} ({processor(p.device)}), {threads} threads; "
+    lines = [
+        f"{data.dataset}: measured on {rows[0]['test_images']:,} {data.evaluate_on} images. "
+        f"Pretraining took {seconds:.0f} s a seed on {p.world_size} x {p.device.type} "
+        f"({processor(p.device)}), {threads} threads; "
         "`seconds` is the time of one cell beyond that and beyond extracting features.",
         "",
         f"`python reproduce.py {shlex.join(sys.argv[1:])}`, commit {git_commit()}.",
     ]
-    if "imagenet" in c.reproduce.inits and c.data.dataset == "stl10":
-        notes += ["", "STL-10's images come from ImageNet: its weights have seen these classes."]
-    text = markdown(rows, claims, c.reproduce.title, notes)
-    write_json(out / "results.json", rows)
-    write_json(out / "claims.json", claims)
-    (out / "results.md").write_text(text, encoding="utf-8")
-    save(accuracy_figure(rows, c.reproduce.title), out / "results.png")
-    curves = {f.name: read_metrics(f / "metrics.jsonl") for f in folders}
-    save(curves_figure(curves), out / "curves.png")
-    say(p, "\n" + text)
+    if "imagenet" in table.config.reproduce.inits and data.dataset == "stl10":
+        lines += ["", "STL-10's images come from ImageNet: its weights have seen these classes."]
+    return lines
 
 
 def processor(device: torch.device) -> str:

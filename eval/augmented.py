@@ -11,7 +11,7 @@ from data.labelled import Labelled
 from data.loader import Loader
 from data.views import ViewConfig
 from eval.classifiers import Classifier, accuracy
-from eval.frozen import FrozenEncoder
+from eval.trained import FrozenEncoder
 from training.distributed import gather
 from training.loop import learning_rate, peak_rate
 

@@ -14,8 +14,7 @@ import numpy as np
 from core.files import new_file, write_atomically
 from core.options import parse
 from data import datasets
-from eval.frozen import FrozenEncoder
-from eval.trained import CkptConfig, ckpt_config, from_config, prepare
+from eval.trained import CkptConfig, FrozenEncoder, ckpt_config, from_config, prepare
 from training.command import execute
 from training.config import RunConfig
 from training.run_folder import say

@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 
@@ -40,18 +39,21 @@ CURVES = {
 
 
 @contextlib.contextmanager
-def own_style(dark: bool = False):
-    """Draw with STYLE on matplotlib's default or dark style, whatever the user's settings."""
-    styles = ["default", "dark_background", STYLE] if dark else ["default", STYLE]
-    with matplotlib.style.context(styles), warnings.catch_warnings():
+def own_style():
+    """Context in which figures have STYLE and matplotlib's defaults, not the user's settings."""
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
         yield
 
 
-@own_style()
-def save(figure: Figure, path: Path) -> None:
-    """As a PNG, which the folder data set knows by its metadata."""
-    figure.savefig(path, dpi=144, format="png", metadata={"Software": SOFTWARE})
+def save(file, draw, *arguments) -> None:
+    """Write the figure that `draw` makes of `arguments` as a PNG; `file` may be a path.
+
+    The folder data set knows it by its metadata and does not take it for data.
+    """
+    with own_style():
+        figure = draw(*arguments)
+        figure.savefig(file, dpi=144, format="png", metadata={"Software": SOFTWARE})
 
 
 def label(name: str) -> str:
@@ -60,7 +62,6 @@ def label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-@own_style()
 def accuracy_figure(rows: list[dict], title: str = "") -> Figure:
     """Top-1 of the rows of a results table, a panel for each label budget."""
     points = []
@@ -71,7 +72,6 @@ def accuracy_figure(rows: list[dict], title: str = "") -> Figure:
     return _dots(points, title)
 
 
-@own_style()
 def methods_figure(rows: list[dict]) -> Figure:
     """Linear and k-NN top-1 of a table of methods, a panel for each label budget."""
     return _dots(rows, "")
@@ -101,7 +101,6 @@ def _dots(rows: list[dict], title: str) -> Figure:
     return figure
 
 
-@own_style()
 def curves_figure(runs: dict[str, list[dict]]) -> Figure:
     """Those of CURVES that were logged, over the steps; `runs` are rows of metrics by name."""
     logged = {key for rows in runs.values() for row in rows for key in row}
@@ -120,7 +119,6 @@ def curves_figure(runs: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-@own_style()
 def confusion_figure(truth, guess, names: list[str]) -> Figure:
     """Confusion in percent of each true class, among the 25 classes with the lowest accuracy.
 
@@ -144,7 +142,6 @@ def confusion_figure(truth, guess, names: list[str]) -> Figure:
     return axes.figure
 
 
-@own_style()
 def map_figure(points, labels, names: list[str]) -> Figure:
     """Points (N, 2) colored by class; more than 20 classes have no legend."""
     axes = Figure(figsize=(8, 6)).subplots()

@@ -9,7 +9,6 @@ Written into the first folder, anew each time, unless --out names another file.
 
 import argparse
 import base64
-import functools
 import io
 import json
 import shlex
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 from markdown import Markdown
 from markdown.util import Registry
 from markupsafe import Markup
@@ -30,9 +29,9 @@ from core.options import Parser
 from data import datasets
 from data.labelled import evaluation
 from eval.classifiers import fit_linear
-from eval.pictures import accuracy_figure, confusion_figure, curves_figure, map_figure, own_style
+from eval.pictures import accuracy_figure, confusion_figure, curves_figure, map_figure, save
 from eval.table import Cells
-from eval.trained import frozen_of, tables_of
+from eval.trained import load_frozen, tables_of
 from training.run_folder import read_metrics
 from training.weights import read_weights
 
@@ -49,8 +48,9 @@ def results_in(folder: Path) -> dict[Path, dict]:
         raise UserError(f"{folder}: no such folder; name a run, or a folder of reproduce.py")
     paths = [folder / "result.json", *sorted(folder.glob("*/result.json"))]
     results = {path.parent: read_json(path) for path in paths if path.exists()}
-    own = results.get(folder, {})
-    return {folder: own} if "top1" in own else results
+    if "top1" in results.get(folder, {}):
+        return {folder: results[folder]}
+    return results
 
 
 def labelled_images(table: Path) -> dict:
@@ -71,12 +71,11 @@ class Features:
     """
 
     def __init__(self, run: Path, labels: int, evaluate_on: str = "test", draw: int = 0) -> None:
-        weights = read_weights(run)
-        shared, recipe = tables_of(weights)
-        own = dict(labels=labels, evaluate_on=evaluate_on, draw=draw)
-        config = datasets.LabelledData(**shared["data"], **own)
+        shared, recipe = tables_of(read_weights(run))
+        chosen = dict(labels=labels, evaluate_on=evaluate_on, draw=draw)
+        config = datasets.LabelledData(**shared["data"], **chosen)
         split = evaluation(datasets.load(config), config)
-        frozen = frozen_of(weights, str(run), "auto")
+        frozen = load_frozen(run, "auto")
         self.train, self.test, self.names = split.train, split.test, split.test.class_names
         self.known, self.features = frozen(self.train.images), frozen(self.test.images)
         strength = recipe.get("linear", {}).get("strength", 0.0)
@@ -85,13 +84,17 @@ class Features:
         self.probability = torch.softmax(classifier(self.features).double(), 1).numpy()
         self.guess, self.truth = self.probability.argmax(1), self.test.labels
         top1 = 100 * (self.guess == self.truth).mean()
-        self.text = f"{run}: linear classifier on frozen features, {len(self.train):,} labels, "
-        self.text += f"draw {draw}: {top1:.2f} % of {len(self.test):,} {evaluate_on} images."
+        self.text = (
+            f"{run}: linear classifier on frozen features, {len(self.train):,} labels, "
+            f"draw {draw}: {top1:.2f} % of {len(self.test):,} {evaluate_on} images."
+        )
 
     def confusion(self) -> dict:
         """The confusion matrix."""
-        text = f"{self.text} Percent of each true class, where it is at least 0.5; of more than 25 "
-        text += "classes those with the lowest accuracy."
+        text = (
+            f"{self.text} Percent of each true class, where it is at least 0.5; of more than 25 "
+            "classes those with the lowest accuracy."
+        )
         return picture(confusion_figure, text, self.truth, self.guess, self.names)
 
     def neighbours(self) -> list[list[dict]]:
@@ -135,24 +138,21 @@ def tile(images, row: int, text: str, kind: str) -> dict:
     """One image, at most TILE pixels wide, with a line below it."""
     image = Image.fromarray(images.gather(np.array([row]))[0].permute(1, 2, 0).numpy())
     image.thumbnail((TILE, TILE))
-    return {"kind": kind, "image": _uri(image.save), "text": MARKS[kind] + text}
+    file = io.BytesIO()
+    image.save(file, "png")
+    return {"kind": kind, "image": data_uri(file), "text": MARKS[kind] + text}
 
 
 def picture(draw, text: str, *arguments) -> dict:
-    """A matplotlib figure, drawn once for each theme, with a line below it."""
-    themes = {"text": text}
-    for name in ("light", "dark"):
-        with own_style(dark=name == "dark"):
-            figure = draw.__wrapped__(*arguments)  # `draw` itself sets the light style
-            themes[name] = _uri(functools.partial(figure.savefig, dpi=110, transparent=True))
-    return themes
-
-
-def _uri(save) -> str:
-    """A PNG as a data URI; `save` writes it to a file."""
+    """The figure that `draw` makes of `arguments`, with a line below it."""
     file = io.BytesIO()
-    save(file, format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    save(file, draw, *arguments)
+    return {"image": data_uri(file), "text": text}
+
+
+def data_uri(png: io.BytesIO) -> str:
+    """The address of a picture that is part of the page."""
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 def to_html(text: str) -> Markup:
@@ -169,10 +169,12 @@ def to_html(text: str) -> Markup:
 def run_facts(folder: Path) -> dict:
     """What a pretraining run was: its result, and its settings."""
     result, config = read_json(folder / "result.json"), read_json(folder / "config.json")
-    text = f"{folder}: {result['name']} on {result['dataset']}, {result['steps']:,} steps, "
-    text += f"{result['seconds']:,.0f} s, commit {config['commit']}: python "
-    text += shlex.join(config["command"])
-    text += "".join(f"; warning: {warning}" for warning in result["warnings"])
+    warnings = "".join(f"; warning: {warning}" for warning in result["warnings"])
+    text = (
+        f"{folder}: {result['name']} on {result['dataset']}, {result['steps']:,} steps, "
+        f"{result['seconds']:,.0f} s, commit {config['commit']}: "
+        f"python {shlex.join(config['command'])}{warnings}"
+    )
     settings = {k: v for k, v in config["config"].items() if k != "recipe"}
     return {"text": text, "settings": json.dumps(settings, indent=1)}
 
@@ -204,11 +206,11 @@ def build(folders: list[Path]) -> str:
             parts["features"] = Features(runs[0], **labelled)
         except (UserError, OSError) as error:  # the data may be gone
             parts["missing"] = str(error)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["markdown"] = to_html
-    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     title = ", ".join(folder.resolve().name for folder in folders)
-    page = environment.from_string(template)
+    files = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=files, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["markdown"] = to_html
+    page = environment.get_template("report.html")
     return page.render(title=title, evaluations=evaluations, **parts)
 
 

@@ -1,13 +1,13 @@
-"""Trained networks outside their runs: from --ckpt to an encoder or classifier; users' images."""
+"""From --ckpt to a frozen encoder, its features, a classifier; images of users; command lines."""
 
-import argparse
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.device import pick_device
 from core.errors import UserError, one_line_errors
@@ -15,35 +15,14 @@ from core.options import Config, Parser, make_config, options_of, running
 from data import datasets
 from data.decode import OURS, decode_all
 from data.images import Images
+from data.labelled import Labelled
 from data.listing import image_files
 from data.transform import EvalTransform
 from eval.classifiers import Classifier, build_head
-from eval.frozen import FrozenEncoder
-from training.distributed import Processes
+from eval.features import extract
+from training.distributed import SINGLE, Processes
 from training.encoder import ENCODERS, EncoderConfig, ShapeConfig
 from training.weights import TORCHVISION, Weights, load_file, read_weights
-
-
-def parser(description: str, device: bool = True) -> Parser:
-    """With --ckpt and --device, which commands on a trained network have."""
-    found = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    found.add_argument("--ckpt", required=True, metavar="RUN", help="run folder or weights")
-    if device:
-        found.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    return found
-
-
-def command(run, arguments: Parser, argv: list[str] | None = None):
-    """`run` on the parsed command line; wrong input is one line on stderr."""
-    with one_line_errors():
-        given = arguments.parse_args(argv)
-        if getattr(given, "top", 1) < 1:
-            raise UserError(f"--top {given.top}: must be at least 1")
-        return run(given)
 
 
 def load(ckpt: str | Path, device: str = "cpu") -> tuple[nn.Module, EvalTransform]:
@@ -55,11 +34,7 @@ def load(ckpt: str | Path, device: str = "cpu") -> tuple[nn.Module, EvalTransfor
     `image` is a PIL image, or uint8 (3, H, W) or (B, 3, H, W) as its data set stores them.
     Weights that say nothing of themselves are taken for torchvision's of ImageNet.
     """
-    return from_weights(read_weights(ckpt), f"--ckpt {ckpt}", device)
-
-
-def from_weights(weights: Weights, source: str, device: str) -> tuple[nn.Module, EvalTransform]:
-    """`load`, of a file that is read already; `source` names it in errors."""
+    weights, source = read_weights(ckpt), f"--ckpt {ckpt}"
     config = EncoderConfig(**tables_of(weights)[0]["encoder"])
     if config.arch not in ENCODERS:
         raise UserError(f"{source}: made with --arch {config.arch}, which this code does not have")
@@ -71,30 +46,39 @@ def from_weights(weights: Weights, source: str, device: str) -> tuple[nn.Module,
     return encoder, EvalTransform.from_meta(missing | weights.meta)
 
 
+@dataclass
+class FrozenEncoder:
+    """An encoder on its device with its transform, as a function: Images -> (N, feature_size)."""
+
+    encoder: nn.Module
+    transform: EvalTransform
+    processes: Processes = SINGLE
+
+    def __post_init__(self) -> None:
+        self.encoder.to(self.processes.device, memory_format=torch.channels_last)
+
+    def __call__(self, images: Images) -> Tensor:
+        return extract(self.encoder, images, self.transform, self.processes)
+
+
 def load_frozen(ckpt: str | Path, device: str) -> FrozenEncoder:
-    """`load`, for sets of images."""
-    return frozen_of(read_weights(ckpt), f"--ckpt {ckpt}", device)
+    """The FrozenEncoder of a run folder or file, see `load`."""
+    return FrozenEncoder(*load(ckpt), Processes(0, 1, torch.device(pick_device(device))))
 
 
-def frozen_of(weights: Weights, source: str, device: str) -> FrozenEncoder:
-    """`from_weights`, for sets of images."""
-    processes = Processes(0, 1, torch.device(pick_device(device)))
-    return FrozenEncoder(*from_weights(weights, source, device), processes)
+class Features:
+    """Features of labelled images, by `extract` once for each set of images.
 
-
-def prepare(config) -> None:
-    """Fetch the data set: what scripts with --ckpt need before any process group exists."""
-    datasets.prepare(config.data)
-
-
-def from_config(config, images: Images) -> tuple[nn.Module, EvalTransform]:
-    """The encoder of --ckpt and its transform for a data set's images, as a script's flags say.
-
-    config   by `ckpt_config`
+    dataset   all its train images are computed at once, where several parts of them will follow
     """
-    encoder = config.weights.encoder(config.encoder, f"--ckpt {config.ckpt}")
-    normalization = config.weights.normalization(images)
-    return encoder, EvalTransform.of(config.data, images.shape, *normalization)
+
+    def __init__(self, extract, dataset=None) -> None:
+        self.extract, self.dataset = cache(extract), dataset
+
+    def __call__(self, labelled: Labelled) -> Tensor:
+        if self.dataset is None or labelled.index is None:
+            return self.extract(labelled.images)
+        return self.extract(self.dataset.train)[labelled.index]
 
 
 def load_classifier(ckpt: str, device: str) -> tuple[FrozenEncoder, Classifier, list[str]]:
@@ -102,7 +86,7 @@ def load_classifier(ckpt: str, device: str) -> tuple[FrozenEncoder, Classifier, 
 
     ckpt   the file, its folder, or a pretraining run that was evaluated
     """
-    path = _classifier_of(Path(ckpt))
+    path = classifier_file(Path(ckpt))
     saved = load_file(path, "--ckpt")
     if not (isinstance(saved, dict) and {"encoder", "head", "classes"} <= saved.keys()):
         raise UserError(f"--ckpt {path}: holds no classifier; name a run of linear_eval.py")
@@ -113,26 +97,25 @@ def load_classifier(ckpt: str, device: str) -> tuple[FrozenEncoder, Classifier, 
     return frozen, Classifier(mean, std, head), saved["classes"]
 
 
-def _classifier_of(path: Path) -> Path:
-    """The one classifier.pt that is meant; a run's linear one before others."""
-    if path.is_file():
-        return path
-    found = [path / "classifier.pt"]
-    if not found[0].exists():
-        found = sorted(path.glob("*/classifier.pt"))
-        found = [p for p in found if p.parent.name == "linear"] or found
-    if len(found) == 1:
-        return found[0]
-    if not found:
+def classifier_file(path: Path) -> Path:
+    """The classifier.pt that `path` means; a run's linear one before others."""
+    for file in (path, path / "classifier.pt", path / "linear" / "classifier.pt"):
+        if file.is_file():
+            return file
+    files = sorted(path.glob("*/classifier.pt"))
+    if not files:
         raise UserError(f"--ckpt {path}: no classifier.pt there; train one with linear_eval.py")
-    raise UserError(f"--ckpt {path}: several classifiers, name one: {', '.join(map(str, found))}")
+    if len(files) > 1:
+        names = ", ".join(map(str, files))
+        raise UserError(f"--ckpt {path}: several classifiers, name one: {names}")
+    return files[0]
 
 
 def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
     """Images of files and of all files below folders, and their names.
 
-    As the folder data set packs them: upright, short side `side`, centre square.  What can't be
-    read is left out with a warning.
+    They are as the folder data set packs them: upright, short side `side`, center square.  A file
+    that can't be read is left out with a warning.
     """
     paths = []
     for path in map(Path, words):
@@ -140,22 +123,38 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
             raise UserError(f"{path}: no such file or folder; name images, or folders of them")
         paths += [path / name for name in image_files(path)] if path.is_dir() else [path]
     pixels, names = np.empty((len(paths), 3, side, side), np.uint8), []
-    for path, found in zip(paths, decode_all(paths, side), strict=True):
-        if isinstance(found, str):
-            if found == OURS:
-                continue
-            print(f"warning: {path}: left out, not readable ({found})", file=sys.stderr)
-        else:
-            pixels[len(names)] = found
+    for path, decoded in zip(paths, decode_all(paths, side), strict=True):
+        if not isinstance(decoded, str):
+            pixels[len(names)] = decoded
             names.append(str(path))
+        elif decoded != OURS:
+            print(f"warning: {path}: left out, not readable ({decoded})", file=sys.stderr)
     if not names:
         raise UserError(f"{' '.join(words)}: no readable image there; name files or folders")
     return Images([pixels[: len(names)]]), names
 
 
+def parser(description: str, device: bool = True) -> Parser:
+    """The parser of a command on a trained network, with --ckpt and --device."""
+    arguments = Parser(description)
+    arguments.add_argument("--ckpt", required=True, metavar="RUN", help="run folder or weights")
+    if device:
+        arguments.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return arguments
+
+
+def command(run, arguments: Parser, argv: list[str] | None = None):
+    """`run` on the parsed command line; wrong input is one line on stderr."""
+    with one_line_errors():
+        args = arguments.parse_args(argv)
+        if getattr(args, "top", 1) < 1:
+            raise UserError(f"--top {args.top}: must be at least 1")
+        return run(args)
+
+
 @dataclass(kw_only=True)
 class CkptConfig(Config):
-    """The settings of a command that takes a pretrained encoder."""
+    """The settings of a script that takes a pretrained encoder."""
 
     data: datasets.DataConfig
     encoder: ShapeConfig
@@ -178,8 +177,20 @@ def ckpt_config(config_class: type[CkptConfig], typed: dict) -> CkptConfig:
     return config
 
 
+def prepare(config: CkptConfig) -> None:
+    """Fetch the data set: what scripts with --ckpt need before any process group exists."""
+    datasets.prepare(config.data)
+
+
+def from_config(config: CkptConfig, images: Images) -> tuple[nn.Module, EvalTransform]:
+    """The encoder of --ckpt and its transform for a data set's images, as a script's flags say."""
+    encoder = config.weights.encoder(config.encoder, f"--ckpt {config.ckpt}")
+    normalization = config.weights.normalization(images)
+    return encoder, EvalTransform.of(config.data, images.shape, *normalization)
+
+
 def tables_of(weights: Weights) -> tuple[dict, dict]:
-    """For an evaluation: the run's data and the encoder's shape; its recipe's tables."""
+    """The tables with a run's data and its encoder's shape, and those of its recipe."""
     data, keep = weights.config.get("data", {}), options_of(datasets.DataConfig).keys()
     data = {name: data[name] for name in keep & data.keys() - {"download"}}
     shape = {name: weights.meta[name] for name in options_of(ShapeConfig) if name in weights.meta}
@@ -187,7 +198,7 @@ def tables_of(weights: Weights) -> tuple[dict, dict]:
 
 
 def folder_beside(config: CkptConfig, *names: str) -> str:
-    """Default run folder of an evaluation: beside the weights, named after its labels."""
+    """The default run folder of an evaluation: beside the weights, named after its labels."""
     data, parts = config.data, list(names)
     if data.labels:
         parts.append(f"labels{data.labels}-draw{data.draw}")

@@ -13,7 +13,7 @@ from data.loader import Loader
 from data.transform import EvalTransform
 from data.views import ViewConfig
 from eval.augmented import AugmentedConfig, fit_augmented, train_layers
-from eval.frozen import FrozenEncoder
+from eval.trained import FrozenEncoder
 from training.distributed import SINGLE, Processes
 from training.encoder import Encoder
 

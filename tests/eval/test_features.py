@@ -12,7 +12,8 @@ from data.labelled import Labelled
 from data.transform import EvalTransform
 from eval import features
 from eval.features import extract
-from eval.frozen import Features, pixels
+from eval.trained import Features
+from reproduce import pixels
 from training.distributed import Processes
 from training.encoder import Encoder
 

@@ -217,7 +217,7 @@ def test_one_draw_is_printed_without_spread_or_verdict(tmp_path):
     assert claims[0]["interval"] is None and claims[0]["difference"] == 10
     text = markdown(cells.rows(), claims, "t", [])
     assert "not shown" in text and "±" not in text.split("Top-1")[0]
-    save(accuracy_figure(cells.rows(), "t"), tmp_path / "one.png")
+    save(tmp_path / "one.png", accuracy_figure, cells.rows(), "t")
 
 
 def test_the_curves_are_those_that_were_logged():

@@ -21,7 +21,7 @@ def test_methods_share_budget_and_controls(sample, recipe, tmp_path):
     assert rows == json.loads((tmp_path / "m/methods.json").read_text())
     for name in ("byol", "simsiam"):
         for seed in (0, 1):
-            folder = tmp_path / "m" / f"{name}-seed{seed}"
+            folder = tmp_path / "m" / f"{name}-random-seed{seed}"
             assert json.loads((folder / "result.json").read_text())["steps"] == 4
             config = json.loads((folder / "config.json").read_text())["config"]
             assert config["run"]["seed"] == seed and config["optim"]["batch_size"] == 64
