@@ -92,11 +92,11 @@ def method_of(name: str) -> type[Method]:
     if not (file.isidentifier() and (Path(__file__).parent / "variants" / f"{file}.py").exists()):
         raise UserError(f"--methods {name}: no file variants/{file}.py; byol, simsiam, dino, ...?")
     module = importlib.import_module(f"variants.{file}")
-    local = [c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__]
-    classes = {c.__name__: c for c in local if isinstance(c, type) and issubclass(c, Method)}
-    chosen = [c for title, c in classes.items() if wanted in ("", title)]
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method)]
+    classes = [c for c in classes if c.__module__ == module.__name__]  # not the imported ones
+    chosen = [c for c in classes if wanted in ("", c.__name__)]
     if len(chosen) != 1:
-        names = ", ".join(f"{file}:{title}" for title in classes) or "no method"
+        names = ", ".join(f"{file}:{c.__name__}" for c in classes) or "no method"
         raise UserError(f"--methods {name}: that file has {names}; name one")
     return chosen[0]
 
@@ -119,14 +119,9 @@ def configure(argv: list[str]) -> Config:
     return config
 
 
-def typed_for(config: Config, tables: tuple) -> dict:
-    """What the command line says for some tables."""
-    return {k: v for k, v in config.typed.items() if k.split(".")[0] in tables}
-
-
 def pretraining_settings(config: Config) -> list[train_byol.Config]:
     """The settings of pretraining by each method; UserError where its table has a mistake."""
-    typed = typed_for(config, ("recipe", "optim"))
+    typed = {k: v for k, v in config.typed.items() if k == "recipe" or k.startswith("optim.")}
     return [train_byol.settings(typed, method_of(name)) for name in config.methods]
 
 
@@ -170,9 +165,8 @@ class Table:
     def split(self, labels: int, draw: int) -> Split:
         """The labelled images of one draw, and the images that are measured on."""
         on = self.config.data.evaluate_on
-        return evaluation(
-            self.data, datasets.LabelledData(labels=labels, draw=draw, evaluate_on=on)
-        )
+        chosen = datasets.LabelledData(labels=labels, draw=draw, evaluate_on=on)
+        return evaluation(self.data, chosen)
 
     def missing(self, name: str, init: str, seed: int, draws: int) -> list[Key]:
         """Keys of the cells of one row that are not measured yet, `draws` at each label budget."""
@@ -195,7 +189,7 @@ class Table:
 
     def typed(self, folder: str, more: dict, tables: tuple = SHARED) -> dict:
         """The command line of a run: what was typed for `tables`, the run's folder, and `more`."""
-        typed = typed_for(self.config, tables)
+        typed = {k: v for k, v in self.config.typed.items() if k.split(".")[0] in tables}
         return typed | {"run.out": str(self.out / folder), "run.resume": "auto"} | more
 
 
@@ -305,7 +299,7 @@ def run(config: Config, processes: Processes) -> dict:
     alone = len(methods) == 1
     inits, heads = (r.inits, ("knn", "linear", "mlp")) if alone else (["random"], ("linear", "knn"))
     control_rows(table, inits)
-    folders = {}
+    folders = {method.name: [] for method in methods}
     for method, init in itertools.product(methods, inits):
         m = method.name
         if alone:
@@ -316,23 +310,24 @@ def run(config: Config, processes: Processes) -> dict:
             frozen_rows(table, rows, init, seed, partial(load, folder))
             if alone:
                 trained_rows(table, f"{m}-finetune", init, seed, finetune, {"ckpt": str(folder)})
-            folders.setdefault(m, []).append(folder)
-    if alone:
-        return write_results(table, m, folders[m])
-    return write_methods(table, folders)
+            folders[m].append(folder)
+    return write_results(table, folders) if alone else write_methods(table, folders)
 
 
 def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
-    """Write methods.json, .md and .png, and print the table.
+    """Write methods.json, methods.md and methods.png; print the table.
 
-    folders   the pretraining runs by the name of their method
+    folders   the pretraining runs of each method by its name
     """
-    from eval.pictures import methods_figure, save  # matplotlib is slow to import
+    from eval.pictures import dots_figure, save  # matplotlib is slow to import
 
     rows, budgets, out = [], table.config.reproduce.budgets, table.out
     for name, runs in folders.items():
-        metrics = [row for folder in runs for row in read_metrics(folder / "metrics.jsonl")[1:]]
-        rate = float(np.median([row["images_per_second"] for row in metrics]))
+        rates = []
+        for run in runs:
+            metrics = read_metrics(run / "metrics.jsonl")[1:]  # the first step is slower
+            rates += [row["images_per_second"] for row in metrics]
+        rate = float(np.median(rates))
         rows += method_rows(table.cells, name, budgets, rate)
     for control in CONTROLS:
         rows += method_rows(table.cells, control, budgets, None)
@@ -340,37 +335,38 @@ def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
     if table.processes.main:
         write_json(out / "methods.json", rows)
         (out / "methods.md").write_text(text, encoding="utf-8")
-        save(out / "methods.png", methods_figure, rows)
+        save(out / "methods.png", dots_figure, rows)
     say(table.processes, f"\n{text}\n{out}/methods.md, .json and .png written")
     return {"rows": rows}
 
 
-def write_results(table: Table, method: str, folders: list[Path]) -> dict:
+def write_results(table: Table, folders: dict[str, list[Path]]) -> dict:
     """Write results.json, claims.json, results.md, results.png, curves.png; print the table.
 
-    folders   the pretraining runs
+    folders   the pretraining runs of the one method by its name
     """
     from eval.pictures import accuracy_figure, curves_figure, save  # matplotlib is slow to import
 
+    ((method, runs),) = folders.items()
     rows, claims = table.cells.rows(), table.cells.claims(method)
-    text = markdown(rows, claims, table.config.reproduce.title, notes(table, rows, folders))
+    text = markdown(rows, claims, table.config.reproduce.title, notes(table, rows, runs))
     if table.processes.main:
         out = table.out
         write_json(out / "results.json", rows)
         write_json(out / "claims.json", claims)
         (out / "results.md").write_text(text, encoding="utf-8")
         save(out / "results.png", accuracy_figure, rows, table.config.reproduce.title)
-        curves = {folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders}
+        curves = {run.name: read_metrics(run / "metrics.jsonl") for run in runs}
         save(out / "curves.png", curves_figure, curves)
     say(table.processes, f"\n{text}\n{table.out}/results.md, .json and .png written")
     return {"rows": rows, "claims": claims}
 
 
-def notes(table: Table, rows: list[dict], folders: list[Path]) -> list[str]:
+def notes(table: Table, rows: list[dict], runs: list[Path]) -> list[str]:
     """Paragraphs of results.md: images, cost and machine, command and commit."""
     data, p = table.config.data, table.processes
-    seconds = np.mean([read_json(folder / "result.json")["seconds"] for folder in folders])
-    threads = read_json(folders[0] / "config.json")["threads"]
+    seconds = np.mean([read_json(run / "result.json")["seconds"] for run in runs])
+    threads = read_json(runs[0] / "config.json")["threads"]
     lines = [
         f"{data.dataset}: measured on {rows[0]['test_images']:,} {data.evaluate_on} images. "
         f"Pretraining took {seconds:.0f} s a seed on {p.world_size} x {p.device.type} "

@@ -69,16 +69,14 @@ def accuracy_figure(rows: list[dict], title: str = "") -> Figure:
         name = row["name"] if row["init"] == "none" else f"{row['name']} ({row['init']})"
         point = {"name": name, "kind": "", "labels": row["labels"]}
         points.append(point | {"top1": row["top1_mean"], "std": row["top1_std"]})
-    return _dots(points, title)
+    return dots_figure(points, title)
 
 
-def methods_figure(rows: list[dict]) -> Figure:
-    """Linear and k-NN top-1 of a table of methods, a panel for each label budget."""
-    return _dots(rows, "")
+def dots_figure(rows: list[dict], title: str = "") -> Figure:
+    """Top-1 with an error bar for each {name, kind, labels, top1, std}, the best name on top.
 
-
-def _dots(rows: list[dict], title: str) -> Figure:
-    """A dot with an error bar for each {name, kind, labels, top1, std}; the best name is on top."""
+    A label budget has a panel, a kind of classifier a marker.
+    """
     budgets, kinds = sorted({row["labels"] for row in rows}), sorted({row["kind"] for row in rows})
     top1 = {}
     for row in sorted(rows, key=lambda row: (row["labels"], row["kind"])):

@@ -11,7 +11,6 @@ import argparse
 import base64
 import io
 import json
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from eval.trained import load_frozen, tables_of
 from training.run_folder import read_metrics
 from training.weights import read_weights
 
-QUERIES, NEIGHBOURS, MISTAKES, MAPPED, TILE = 8, 6, 24, 1000, 144
+QUERIES, NEIGHBORS, MISTAKES, MAPPED, TILE = 8, 6, 24, 1000, 144
 MARKS = {"query": "", "right": "✓ ", "wrong": "✗ "}  # color alone does not tell everyone
 
 
@@ -86,23 +85,20 @@ class Features:
         top1 = 100 * (self.guess == self.truth).mean()
         self.text = (
             f"{run}: linear classifier on frozen features, {len(self.train):,} labels, "
-            f"draw {draw}: {top1:.2f} % of {len(self.test):,} {evaluate_on} images."
+            f"draw {draw}: {top1:.2f} % of {len(self.test):,} {evaluate_on} images. Percent of "
+            "each true class, if at least 0.5; of more than 25 classes the least accurate."
         )
 
     def confusion(self) -> dict:
         """The confusion matrix."""
-        text = (
-            f"{self.text} Percent of each true class, where it is at least 0.5; of more than 25 "
-            "classes those with the lowest accuracy."
-        )
-        return picture(confusion_figure, text, self.truth, self.guess, self.names)
+        return picture(confusion_figure, self.text, self.truth, self.guess, self.names)
 
     def neighbours(self) -> list[list[dict]]:
         """Test images, each followed by the labelled train images nearest to it."""
         count = min(QUERIES, len(self.test))
         queries = np.random.default_rng(0).choice(len(self.test), count, replace=False)
         cosine = normalize(self.features[queries], dim=1) @ normalize(self.known, dim=1).T
-        nearest = cosine.topk(min(NEIGHBOURS, len(self.known)), dim=1).indices.numpy()
+        nearest = cosine.topk(min(NEIGHBORS, len(self.known)), dim=1).indices.numpy()
         rows = []
         for query, neighbours in zip(queries, nearest, strict=True):
             truth = self.truth[query]
@@ -166,19 +162,6 @@ def to_html(text: str) -> Markup:
     return Markup(converter.convert(text))
 
 
-def run_facts(folder: Path) -> dict:
-    """What a pretraining run was: its result, and its settings."""
-    result, config = read_json(folder / "result.json"), read_json(folder / "config.json")
-    warnings = "".join(f"; warning: {warning}" for warning in result["warnings"])
-    text = (
-        f"{folder}: {result['name']} on {result['dataset']}, {result['steps']:,} steps, "
-        f"{result['seconds']:,.0f} s, commit {config['commit']}: "
-        f"python {shlex.join(config['command'])}{warnings}"
-    )
-    settings = {k: v for k, v in config["config"].items() if k != "recipe"}
-    return {"text": text, "settings": json.dumps(settings, indent=1)}
-
-
 def build(folders: list[Path]) -> str:
     """The whole page; UserError where no folder holds a finished run."""
     results, tables, rows, labelled, parts = {}, [], [], {"labels": 0}, {}
@@ -193,7 +176,7 @@ def build(folders: list[Path]) -> str:
     if tables:
         text = "Top-1; bars are standard deviations over label draws."
         parts |= {"tables": tables, "accuracy": picture(accuracy_figure, text, rows)}
-    runs = [folder for folder, result in results.items() if "top1" not in result]
+    runs = {folder: result for folder, result in results.items() if "top1" not in result}
     evaluations = {folder: result for folder, result in results.items() if "top1" in result}
     if evaluations:
         most = max(evaluations.values(), key=lambda result: result["labels"])
@@ -201,9 +184,11 @@ def build(folders: list[Path]) -> str:
     if runs:
         metrics = {str(folder): read_metrics(folder / "metrics.jsonl") for folder in runs}
         text = "A color a run; k-NN on held-out train images."
-        parts |= {"runs": map(run_facts, runs), "curves": picture(curves_figure, text, metrics)}
+        configs = {folder: read_json(folder / "config.json") for folder in runs}
+        curves = picture(curves_figure, text, metrics)
+        parts |= {"runs": runs, "configs": configs, "curves": curves}
         try:
-            parts["features"] = Features(runs[0], **labelled)
+            parts["features"] = Features(next(iter(runs)), **labelled)
         except (UserError, OSError) as error:  # the data may be gone
             parts["missing"] = str(error)
     title = ", ".join(folder.resolve().name for folder in folders)

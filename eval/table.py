@@ -221,7 +221,8 @@ def _claims_table(claims: list[dict]) -> str:
             interval = f"{low:+.2f} to {high:+.2f}"
             if low > 0 or high < 0:
                 holds = "yes" if low > 0 else "no, the opposite"
-                holds += ", over these draws" if claim["pretrain_seeds"] == 1 else ""
+                if claim["pretrain_seeds"] == 1:
+                    holds += ", over these draws"
         line = {"claim, named beforehand": f"{claim['claim']} ({claim['meaning']})"}
         line |= {"init": claim["init"], "labels": f"{claim['labels']:,}"}
         line |= {"difference": f"{claim['difference']:+.2f}", "95 % interval": interval}

@@ -60,7 +60,7 @@ def figures(names: list[str]):
     return {
         "accuracy_figure": (rows, names[0]),
         "curves_figure": ({name: steps for name in names},),
-        "methods_figure": (budget,),
+        "dots_figure": (budget,),
         "confusion_figure": (truth, guess, names),
         "map_figure": (rng.normal(size=(300, 2)), truth, names),
     }
@@ -131,7 +131,7 @@ config = reproduce.configure(["--recipe", recipe])
 rows = json.loads(Path(out, "rows.json").read_bytes())
 cells = SimpleNamespace(rows=lambda: rows, claims=lambda method: [])
 table = SimpleNamespace(config=config, out=Path(out), processes=SINGLE, cells=cells)
-reproduce.write_results(table, "byol", [Path(out, "_run $x")])
+reproduce.write_results(table, {"byol": [Path(out, "_run $x")]})
 report.main([out])
 """
 
