@@ -319,24 +319,23 @@ def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
 
     folders   the pretraining runs of each method by its name
     """
-    from eval.pictures import dots_figure, save  # matplotlib is slow to import
-
     rows, budgets, out = [], table.config.reproduce.budgets, table.out
     for name, runs in folders.items():
         rates = []
         for run in runs:
             metrics = read_metrics(run / "metrics.jsonl")[1:]  # the first step is slower
             rates += [row["images_per_second"] for row in metrics]
-        rate = float(np.median(rates))
-        rows += method_rows(table.cells, name, budgets, rate)
+        rows += method_rows(table.cells, name, budgets, float(np.median(rates)))
     for control in CONTROLS:
         rows += method_rows(table.cells, control, budgets, None)
-    text = methods_markdown(rows)
     if table.processes.main:
+        from eval.pictures import dots_figure, save  # slow to import
+
+        text = methods_markdown(rows)
         write_json(out / "methods.json", rows)
         (out / "methods.md").write_text(text, encoding="utf-8")
         save(out / "methods.png", dots_figure, rows)
-    say(table.processes, f"\n{text}\n{out}/methods.md, .json and .png written")
+        say(table.processes, f"\n{text}\n{out}/methods.md, .json and .png written")
     return {"rows": rows}
 
 
@@ -345,20 +344,20 @@ def write_results(table: Table, folders: dict[str, list[Path]]) -> dict:
 
     folders   the pretraining runs of the one method by its name
     """
-    from eval.pictures import accuracy_figure, curves_figure, save  # matplotlib is slow to import
-
     ((method, runs),) = folders.items()
     rows, claims = table.cells.rows(), table.cells.claims(method)
-    text = markdown(rows, claims, table.config.reproduce.title, notes(table, rows, runs))
     if table.processes.main:
-        out = table.out
+        from eval.pictures import accuracy_figure, curves_figure, save  # slow to import
+
+        title, out = table.config.reproduce.title, table.out
+        text = markdown(rows, claims, title, notes(table, rows, runs))
         write_json(out / "results.json", rows)
         write_json(out / "claims.json", claims)
         (out / "results.md").write_text(text, encoding="utf-8")
-        save(out / "results.png", accuracy_figure, rows, table.config.reproduce.title)
+        save(out / "results.png", accuracy_figure, rows, title)
         curves = {run.name: read_metrics(run / "metrics.jsonl") for run in runs}
         save(out / "curves.png", curves_figure, curves)
-    say(table.processes, f"\n{text}\n{table.out}/results.md, .json and .png written")
+        say(table.processes, f"\n{text}\n{out}/results.md, .json and .png written")
     return {"rows": rows, "claims": claims}
 
 
