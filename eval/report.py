@@ -1,9 +1,9 @@
-"""One self-contained report.html of runs: table, curves, mistakes, neighbours, a map of features.
+"""One self-contained report.html of runs: table, curves, mistakes, neighbors, a map of features.
 
 python -m eval.report runs/sample                         # a folder of reproduce.py
 python -m eval.report runs/byol-mine runs/baseline-mine   # runs of the scripts, with evaluations
 
-Confusion, neighbours, map and mistakes are the first pretraining run's, and need its data.
+Confusion, neighbors, map and mistakes are the first pretraining run's, and need its data.
 Written into the first folder, anew each time, unless --out names another file.
 """
 
@@ -53,7 +53,7 @@ def results_in(folder: Path) -> dict[Path, dict]:
 
 
 def labelled_images(table: Path) -> dict:
-    """The images that a table of reproduce.py is about, as arguments of `Features`."""
+    """Labels, draw and test images of a table of reproduce.py, as arguments of `Features`."""
     settings = read_json(table / "settings.json")
     on = settings["recipe"].get("data", {}).get("evaluate_on", "test")
     on = settings["flags"].get("data.evaluate_on", on)
@@ -63,7 +63,7 @@ def labelled_images(table: Path) -> dict:
 
 
 class Features:
-    """A pretraining run on its own data: test features, a linear classifier on train features.
+    """A pretraining run on its data: features, and a linear classifier on those of train images.
 
     known, features      of the labelled train images and of the test images
     guess, probability   predicted class of each test image, and the probability of each class
@@ -93,17 +93,17 @@ class Features:
         """The confusion matrix."""
         return picture(confusion_figure, self.text, self.truth, self.guess, self.names)
 
-    def neighbours(self) -> list[list[dict]]:
+    def neighbors(self) -> list[list[dict]]:
         """Test images, each followed by the labelled train images nearest to it."""
         count = min(QUERIES, len(self.test))
         queries = np.random.default_rng(0).choice(len(self.test), count, replace=False)
         cosine = normalize(self.features[queries], dim=1) @ normalize(self.known, dim=1).T
         nearest = cosine.topk(min(NEIGHBORS, len(self.known)), dim=1).indices.numpy()
         rows = []
-        for query, neighbours in zip(queries, nearest, strict=True):
+        for query, neighbors in zip(queries, nearest, strict=True):
             truth = self.truth[query]
             tiles = [tile(self.test.images, query, self.names[truth], "query")]
-            for i in neighbours:
+            for i in neighbors:
                 label = self.train.labels[i]
                 kind = "right" if label == truth else "wrong"
                 tiles.append(tile(self.train.images, i, self.names[label], kind))

@@ -17,7 +17,7 @@ def split() -> Split:
     return Split(Labelled(None, [0] * 30, [1], []), Labelled(None, [0] * 80, None, []))
 
 
-def test_a_record_holds_what_the_figure_rests_on():
+def test_a_record_holds_what_its_top1_rests_on():
     data = LabelledData(dataset="sample", labels=30, draw=4, evaluate_on="validation")
     config = SimpleNamespace(data=data, run=EvalRun(seed=6))
     found = record("features-linear", "byol-linear", config, split(), 61.23456, chosen="L2 1")

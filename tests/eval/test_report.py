@@ -24,7 +24,7 @@ SECTIONS = [
     "Accuracy",
     "Pretraining",
     "Confusion and classes",
-    "Nearest neighbours",
+    "Nearest neighbors",
     "Map of the features",
     "Most confident mistakes",
 ]
@@ -125,7 +125,7 @@ def test_the_pictures_tell_right_from_wrong(sample, subset, trained_run):
     measured = json.loads((trained_run / "linear/result.json").read_text())["top1"]
     assert 100 * np.mean(features.guess == features.truth) == pytest.approx(measured)
     assert f"{measured:.2f} % of 100 test images" in features.confusion()["text"]
-    rows = features.neighbours()
+    rows = features.neighbors()
     assert len(rows) == 8
     for row in rows:
         kinds = [tile["kind"] for tile in row]
