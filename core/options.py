@@ -238,7 +238,11 @@ def _set(tables: dict, name: str, key: str, value, label: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong words are a UserError."""
+    """A parser that keeps a description's lines, and raises UserError for wrong words."""
+
+    def __init__(self, description: str) -> None:
+        keep = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=keep, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -250,11 +254,7 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> dict
         name = word.split("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and name in REMOVED:
             raise UserError(f"{word} was removed: {REMOVED[name]}")
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(description)
     defaults = make_config(config_class, {})
     _add_flags(parser, "", config_class, defaults)
     for name, table in tables_of(config_class).items():

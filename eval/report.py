@@ -7,7 +7,6 @@ Confusion, neighbors, map and mistakes are the first pretraining run's, and need
 Written into the first folder, anew each time, unless --out names another file.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -201,7 +200,7 @@ def build(folders: list[Path]) -> str:
 
 def main(argv: list[str] | None = None) -> Path:
     """Run from the command line; returns where the page is."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", help="file to write [RUN/report.html]")
     with one_line_errors():
