@@ -213,7 +213,7 @@ def pixels(images: Images, side: int = 32) -> Tensor:
     Gray images have one channel.
     """
     height, blocks = min(side, images.shape[0]), torch.arange(len(images)).split(1024)
-    x = torch.cat([frame(images.gather(rows.numpy()), height, 0) for rows in blocks])
+    x = torch.cat([frame(images.take(rows.numpy()), height, 0) for rows in blocks])
     return (x[:, :1] if images.gray else x).flatten(1)
 
 

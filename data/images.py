@@ -1,4 +1,4 @@
-"""Images as uint8 behind `gather`, over one or several arrays that may be memory-mapped."""
+"""Images as uint8 behind `take`, over one or several arrays that may be memory-mapped."""
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Images:
         """Whether they are stored with one channel."""
         return self.parts[0].shape[1] == 1
 
-    def gather(self, indices: np.ndarray, device: torch.device = CPU) -> Tensor:
+    def take(self, indices: np.ndarray, device: torch.device = CPU) -> Tensor:
         """The images at `indices` on `device`: (B, 3, H, W) uint8.
 
         A gray image is copied to the device as one channel, and repeated there.
@@ -82,7 +82,7 @@ class Images:
     def statistics(self, most: int = 1000) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel in 0..1, over `most` evenly spaced images."""
         chosen = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64))
-        pixels = self.gather(chosen).transpose(0, 1).reshape(3, -1)
+        pixels = self.take(chosen).transpose(0, 1).reshape(3, -1)
         values = torch.arange(256, dtype=torch.float64) / 255
         mean, std = [], []
         for channel in pixels:  # from the histogram: exact, and no copy in float

@@ -106,14 +106,14 @@ class Loader:
         share = micro // self.world_size
         for first in range(self.rank * share, self.batch_size, micro):
             part = slice(first, first + share)
-            pixels, labels = self.images.gather(indices[part], self.device), None
+            pixels, labels = self.images.take(indices[part], self.device), None
             if self.labels is not None:
                 labels = to_device(self.labels[indices[part]], self.device)
             yield self.make_views(pixels, drawn, part), labels
 
     def preview(self, count: int = 16) -> Tensor:
         """The first step's views of `count` images: a row a view, (3, rows, columns) in 0..1."""
-        pixels = self.images.gather(self.indices(0)[:count], self.device)
+        pixels = self.images.take(self.indices(0)[:count], self.device)
         views = self.make_views(pixels, self._draw(0), slice(count))
         side = max(view.shape[2] for view in views)  # smaller crops are enlarged to it
         x = torch.cat([torch.nn.functional.interpolate(view, (side, side)) for view in views])

@@ -55,7 +55,7 @@ def run(config) -> dict:
     images, _ = data.pretraining(config.data.pretrain_on)
     rng = generator(config.seed, VIEWS, 0)
     chosen = np.sort(rng.choice(len(images), min(config.count, len(images)), replace=False))
-    pixels = images.gather(chosen)
+    pixels = images.take(chosen)
     names, columns = ["original"], [pixels.float() / 255]
     for name in ("view1", "view2"):
         view = getattr(config, name)

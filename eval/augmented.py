@@ -12,7 +12,7 @@ from data.loader import Loader
 from data.views import ViewConfig
 from eval.classifiers import Classifier, accuracy
 from eval.trained import FrozenEncoder
-from training.distributed import gather
+from training.all_gather import all_gather
 from training.loop import learning_rate, peak_rate
 
 
@@ -70,8 +70,8 @@ def train_layers(
             group["lr"] = learning_rate(peak_rate("sgd", rate, size), k, 0, total)
         ((views, labels),) = loader.batches(k)
         with torch.no_grad():
-            features = gather(encoder(*views).float())
-        labels = gather(labels)  # from here on all ranks do the same
+            features = all_gather(encoder(*views).float())
+        labels = all_gather(labels)  # from here on all ranks do the same
         optimizer.zero_grad()
         sum(cross_entropy(layer(features), labels) for layer in layers).backward()
         optimizer.step()

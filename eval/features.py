@@ -23,7 +23,7 @@ def extract(
     features = torch.zeros(len(images), encoder.feature_size, device=device)
     batches = torch.arange(len(images)).split(BATCH)
     for rows in batches[processes.rank :: processes.world_size]:
-        x = transform(images.gather(rows.numpy(), device))
+        x = transform(images.take(rows.numpy(), device))
         features[rows] = encoder(x).float()
     encoder.train(was_training)
     return sum_over_ranks(features).cpu()

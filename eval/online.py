@@ -102,7 +102,7 @@ class OnlineEval:
         method.eval()
         for first in range(0, count, 256):
             rows = np.arange(first, min(first + 256, count))
-            pixels = self.images.gather(rows, self.processes.device)
+            pixels = self.images.take(rows, self.processes.device)
             outputs = method(*self.loader.make_views(pixels, drawn, rows))
             blocks.append({k: x.float().cpu() for k, x in outputs.items() if k in NAMES})
         method.train(was_training)

@@ -131,7 +131,7 @@ class Features:
 
 def tile(images, row: int, text: str, kind: str) -> dict:
     """One image, at most TILE pixels wide, with a line below it."""
-    image = Image.fromarray(images.gather(np.array([row]))[0].permute(1, 2, 0).numpy())
+    image = Image.fromarray(images.take(np.array([row]))[0].permute(1, 2, 0).numpy())
     image.thumbnail((TILE, TILE))
     file = io.BytesIO()
     image.save(file, "png")

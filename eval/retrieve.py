@@ -28,7 +28,7 @@ def run(args) -> list[dict]:
         alike = [{"file": gallery_names[i], "cosine": round(cosine, 6)} for cosine, i in pairs]
         lines.append({"query": name, "nearest": alike})
         print(json.dumps(lines[-1]))
-        pixels = [*queries.gather(np.array([number])), *gallery.gather(index.numpy())]
+        pixels = [*queries.take(np.array([number])), *gallery.take(index.numpy())]
         rows.append([x.float() / 255 for x in pixels])
     save_png(mosaic(rows, ["query", "nearest"]), out)
     print(f"{out}: a row for each query", file=sys.stderr)

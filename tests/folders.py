@@ -45,7 +45,7 @@ def packed(root, **changes):
 
 
 def reds(images):
-    return images.gather(np.arange(len(images)))[:, 0, 0, 0].tolist()
+    return images.take(np.arange(len(images)))[:, 0, 0, 0].tolist()
 
 
 @pytest.fixture

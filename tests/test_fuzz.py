@@ -270,7 +270,7 @@ def test_D1_D2_edited_files_of_stl10_are_one_line(tmp_path_factory, changes, dra
     found = one_line(lambda: stl10.load(root, DataConfig()))
     if found is not None:
         assert len(found.train) == len(found.train_labels) and len(found.folds) == 10
-        found.train.gather(np.arange(len(found.train)))
+        found.train.take(np.arange(len(found.train)))
     assert tree(home) == before
 
 

@@ -153,13 +153,13 @@ def closure(name: str) -> int:
 
 def test_what_a_reader_of_train_byol_opens():
     """It may shrink: the aim is 2,800 lines.  Imports inside functions are not counted."""
-    assert closure("train_byol") <= 3120
+    assert closure("train_byol") <= 3111
 
 
 def test_functions_fit_on_a_screen():
     long = []
     for path in own_files(ROOT):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 40:
                 long.append(f"{path.relative_to(ROOT)}: {node.name}")
     assert long == []

@@ -235,7 +235,7 @@ MUTATIONS = {
         "EvalTransform.from_meta(weights.meta | missing)",
         "tests/eval/test_trained.py -k predict_with"),
     "another library's moving average": (
-        "training/weights.py", "if not AVERAGES & words[name]", "if AVERAGES & words[name]",
+        "training/weights.py", "not AVERAGES & _words(name)", "AVERAGES & _words(name)",
         f"{WEIGHTS} -k other_libraries"),
     "the wrong tap on a map of one pixel": (
         "training/encoder.py", "[:, :, 1:2, 1:2]", "[:, :, 0:1, 0:1]",
@@ -257,8 +257,8 @@ MUTATIONS = {
         "    image = ImageOps.exif_transpose(image)",
         "tests/data/test_pixels.py -k photographs_are_turned"),
     "each process warns": (
-        "core/errors.py", 'if first_process():\n        print(f"warning',
-        'if True:\n        print(f"warning',
+        "core/errors.py", 'if first_process():\n        put(f"warning',
+        'if True:\n        put(f"warning',
         f"{LISTING} -k one_of_several"),
     "a closed terminal kills": (
         "training/stopping.py", 'handlers["SIGHUP"] = self._stop', "pass", f"{STOPPING} -k S1_S5"),

@@ -167,7 +167,7 @@ def test_heads_on_frozen_features(run):
 def test_inputs_are_normalised_by_the_pretraining_images(run, sample):
     """By their own statistics, kept with the weights: not those of another data set."""
     meta = torch.load(run / "encoder.pt", weights_only=True)["meta"]
-    pixels = sample.pretraining("train+unlabelled")[0].gather(np.arange(320)).double() / 255
+    pixels = sample.pretraining("train+unlabelled")[0].take(np.arange(320)).double() / 255
     assert meta["mean"] == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
     assert meta["std"] == pytest.approx(pixels.transpose(0, 1).flatten(1).std(1).tolist(), rel=1e-3)
 
@@ -341,8 +341,8 @@ def test_pretraining_is_watched_on_train_images(sample, recipe, tmp_path, monkey
     monkeypatch.setattr(online, "extract", spy)
     flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--quiet", "--steps", "2"]
     result = train_byol.main(argv=[*flags, "--knn-every", "1", "--online-probe"])
-    watched = [images.gather(np.arange(len(images))) for images in given]
-    known = sample.train.gather(np.arange(100)).flatten(1).tolist()
+    watched = [images.take(np.arange(len(images))) for images in given]
+    known = sample.train.take(np.arange(100)).flatten(1).tolist()
     assert all(image in known for images in watched for image in images.flatten(1).tolist())
     assert len(watched) == 1 and len(watched[0]) == 100
     # a probe trained while the encoder changes is called that, not linear evaluation

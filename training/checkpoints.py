@@ -69,13 +69,3 @@ class Checkpoints:
     def list(self) -> list[Path]:
         """All checkpoints, oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
-
-
-def training_state(method, optimizer, precision) -> dict:
-    """All that a run needs to go on as if it had never stopped."""
-    return {
-        "kind": method.name,
-        "model": method.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": precision.state_dict(),
-    }

@@ -1,4 +1,4 @@
-"""Process group, DDP, collectives, comparison of the replicas: what needs several processes."""
+"""Process group, DDP, collectives: what needs several processes."""
 
 import contextlib
 import datetime
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core.device import CPU, pick_device
-from core.errors import RunError, launched
+from core.errors import launched
 
 
 @dataclass(frozen=True)
@@ -105,32 +105,6 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-class _Gather(torch.autograd.Function):
-    """All-gather; the backward pass sums all ranks' gradients and returns this rank's slice."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather(x: Tensor) -> Tensor:
-    """(B, ...) of each rank, equal shares, as (world_size B, ...) on all; x itself where one is.
-
-    Gradients flow to every rank, so that a loss may compare images of different ranks.  It may be
-    the mean over a rank's own rows or, alike on all, that over all rows: DDP's mean over the ranks
-    makes the gradient of the global batch of either.  A rank's own rows start at own_rank() B.
-    """
-    return _Gather.apply(x.contiguous()) if dist.is_initialized() else x
-
-
 def own_rank() -> int:
     """This process's place among all."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -140,36 +114,3 @@ def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def broadcast_buffers(method: nn.Module) -> None:
-    """Give every process rank 0's buffers: with local batch norm they differ."""
-    if dist.is_initialized():
-        for buffer in method.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def compare_replicas(method: nn.Module, done: int, local_buffers: bool) -> None:
-    """RunError, on all ranks alike, where they have done other steps or hold other weights.
-
-    Sums of the values' bits are compared, in one small collective: a single weight is found.
-    """
-    if not dist.is_initialized():
-        return
-    values = dict(method.named_parameters() if local_buffers else method.state_dict())
-    steps = torch.tensor(done, device=next(iter(values.values())).device)
-    sums = []
-    for x in (steps, *values.values()):
-        x = x.detach().reshape(-1)
-        x = x if x.element_size() >= 4 else x.float()  # exact; its bits make a whole int32
-        sums.append(x.view(torch.int32).sum(dtype=torch.int64))
-    extremes = torch.stack([torch.stack(sums), -torch.stack(sums)])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    differs = (extremes[0] != -extremes[1]).tolist()
-    if any(differs):
-        name = ["the number of steps", *values][differs.index(True)]
-        raise RunError(
-            f"{name} differs between the processes after step {done:,}: checkpoints on "
-            "different disks, a target or buffer that moves by a process's own state, unlike "
-            "machines or a faulty one; the newest checkpoint is from before"
-        )

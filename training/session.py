@@ -9,7 +9,7 @@ from core.errors import RunError, Stopped
 from core.files import write_json
 from core.options import as_dict
 from training import distributed
-from training.checkpoints import Checkpoints, save_file, training_state
+from training.checkpoints import Checkpoints, save_file
 from training.encoder import parameter_count, save_encoder
 from training.loop import Precision, Step, peak_rate, pick_precision, train_steps, warmup_steps
 from training.optimizers import build_optimizer
@@ -142,9 +142,15 @@ class Session(contextlib.ExitStack):
             distributed.barrier()
 
     def _save(self) -> None:
+        """Save all that the run needs to go on as if it had never stopped."""
         self.share_buffers()
         if self.processes.main:
-            state = training_state(self.method, self.optimizer, self.precision)
+            state = {
+                "kind": self.method.name,
+                "model": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.precision.state_dict(),
+            }
             state |= {"config": as_dict(self.config), "meta": self.meta, "facts": self.facts}
             state |= {"seconds": self.seconds, "processes": self.processes.world_size}
             self.folder.flush()
@@ -167,13 +173,18 @@ class Session(contextlib.ExitStack):
 
     def compare_replicas(self) -> None:
         """RunError, on all ranks alike, where they stand at other steps or hold other weights."""
-        local = self.config.run.batch_norm == "local"  # then buffers differ
-        distributed.compare_replicas(self.method, self.done, local)
+        if self.processes.world_size > 1:
+            from training.replicas import compare_replicas  # of no use to a single process
+
+            local = self.config.run.batch_norm == "local"  # then buffers differ
+            compare_replicas(self.method, self.done, local)
 
     def share_buffers(self) -> None:
         """Before evaluating and saving: with local batch norm, rank 0's buffers for all."""
-        if self.config.run.batch_norm == "local":
-            distributed.broadcast_buffers(self.method)
+        if self.processes.world_size > 1 and self.config.run.batch_norm == "local":
+            from training.replicas import broadcast_buffers  # of no use to a single process
+
+            broadcast_buffers(self.method)
 
 
 def groups_of(method, weight_decay: float) -> list[dict]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from train_byol import main
-from training.distributed import gather
+from training.all_gather import all_gather
 from training.method import Method, option
 from variants import blocks
 
@@ -45,7 +45,7 @@ class BarlowTwins(Method):
 
     def loss(self, outputs):
         """Squared distance of the correlation over the GLOBAL batch to the identity (eq. 1)."""
-        z1, z2 = gather(outputs["projection"].transpose(0, 1)).unbind(1)
+        z1, z2 = all_gather(outputs["projection"].transpose(0, 1)).unbind(1)
         c = cross_correlation(z1, z2)
         invariance = (c.diagonal() - 1).square().sum()
         redundancy = c.square().sum() - c.diagonal().square().sum()

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from byol.byol import BYOL
 from train_byol import main
-from training.distributed import gather, own_rank
+from training.all_gather import all_gather
+from training.distributed import own_rank
 from training.method import option
 
 
@@ -20,7 +21,7 @@ def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
 
     q, k   (B, D) of this rank; keys have no gradient
     """
-    q, k = normalize(q, dim=1), gather(normalize(k.detach(), dim=1))
+    q, k = normalize(q, dim=1), all_gather(normalize(k.detach(), dim=1))
     positive = own_rank() * len(q) + torch.arange(len(q), device=q.device)
     return 2 * temperature * cross_entropy(q @ k.T / temperature, positive)
 

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from byol.byol import mlp
 from train_byol import main
-from training.distributed import gather, own_rank
+from training.all_gather import all_gather
+from training.distributed import own_rank
 from training.method import Method, option
 
 
@@ -22,7 +23,7 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
     """
     z = normalize(z, dim=2)
     batch = z.shape[1]
-    everything = gather(z.transpose(0, 1))  # (world B, 2, D): a row is an image
+    everything = all_gather(z.transpose(0, 1))  # (world B, 2, D): a row is an image
     logits = z.flatten(0, 1) @ everything.flatten(0, 1).T / temperature
     first = 2 * (own_rank() * batch + torch.arange(batch, device=z.device))  # view 1's columns
     itself, other = torch.cat([first, first + 1]), torch.cat([first + 1, first])

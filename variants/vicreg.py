@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from train_byol import main
-from training.distributed import gather
+from training.all_gather import all_gather
 from training.method import Method, option
 from variants import blocks
 
@@ -51,7 +51,7 @@ class VICReg(Method):
 
         As in the authors' code the variance term is the mean of both views' hinges.
         """
-        z1, z2 = gather(outputs["projection"].transpose(0, 1)).unbind(1)
+        z1, z2 = all_gather(outputs["projection"].transpose(0, 1)).unbind(1)
         terms = {
             "invariance": (z1 - z2).square().mean(),
             "variance": variance(z1) / 2 + variance(z2) / 2,

@@ -62,10 +62,10 @@ def test_pixels_and_labels_are_those_of_the_pickles(root):
     assert (len(data.train), len(data.test), data.unlabelled) == (15, 4, None)
     assert data.train.shape == (32, 32)
     # CIFAR's rows: 1024 red, 1024 green, 1024 blue, each row by row
-    got = data.train.gather(np.array([4, 14])).numpy()
+    got = data.train.take(np.array([4, 14])).numpy()
     assert np.array_equal(got[0].reshape(-1), rows(3, 1)[1])
     assert np.array_equal(got[1].reshape(-1), rows(3, 4)[2])
-    assert np.array_equal(data.test.gather(np.array([3])).numpy().reshape(-1), rows(4, 5)[3])
+    assert np.array_equal(data.test.take(np.array([3])).numpy().reshape(-1), rows(4, 5)[3])
     expected = [(seed + n) % 10 for seed in range(5) for n in range(3)]
     assert data.train_labels.tolist() == expected and data.train_labels.dtype == np.int64
     assert data.test_labels.tolist() == [5, 6, 7, 8]

@@ -24,7 +24,7 @@ def dataset(unlabelled=30, folds=None):
 
 
 def numbers(images):
-    return images.gather(np.arange(len(images)))[:, 0, 0, 0].numpy()
+    return images.take(np.arange(len(images)))[:, 0, 0, 0].numpy()
 
 
 @pytest.mark.parametrize("count", [5, 10, 50, 100])

@@ -14,19 +14,19 @@ def pixels(count, channels=3, height=4, width=6, start=0):
     return flat.astype(np.uint8).reshape(count, channels, height, width)
 
 
-def test_gather_returns_the_asked_images_in_the_asked_order():
+def test_take_returns_the_asked_images_in_the_asked_order():
     array = pixels(5)
-    got = Images([array]).gather(np.array([3, 0, 3]))
+    got = Images([array]).take(np.array([3, 0, 3]))
     assert got.dtype == torch.uint8
     assert np.array_equal(got.numpy(), np.stack([array[3], array[0], array[3]]))
 
 
-def test_gather_crosses_parts_in_any_order():
+def test_take_crosses_parts_in_any_order():
     first, second, third = pixels(3), pixels(2, start=1000), pixels(4, start=5000)
     images, whole = Images([first, second, third]), np.concatenate([first, second, third])
     order = np.array([8, 2, 3, 0, 4, 5, 3])
     assert len(images) == 9
-    assert np.array_equal(images.gather(order).numpy(), whole[order])
+    assert np.array_equal(images.take(order).numpy(), whole[order])
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -35,12 +35,12 @@ def test_column_major_files_are_turned_upright(parts):
     stored = np.ascontiguousarray(upright.transpose(0, 1, 3, 2))
     images = Images(np.split(stored, parts), column_major=True)
     assert images.shape == (4, 6)
-    assert np.array_equal(images.gather(np.arange(4)).numpy(), upright)
+    assert np.array_equal(images.take(np.arange(4)).numpy(), upright)
 
 
 def test_gray_images_get_three_equal_channels():
     array = pixels(3, channels=1)
-    got = Images([array]).gather(np.array([2, 1]))
+    got = Images([array]).take(np.array([2, 1]))
     assert got.shape == (2, 3, 4, 6)
     for channel in range(3):
         assert np.array_equal(got[:, channel].numpy(), array[[2, 1], 0])
@@ -51,15 +51,15 @@ def test_subsets_of_subsets_index_the_original():
     images = Images([array[:5], array[5:]]).subset(np.array([7, 1, 4, 6]))
     again = images.subset(np.array([3, 0]))
     assert len(images) == 4 and len(again) == 2
-    assert np.array_equal(again.gather(np.array([0, 1, 0])).numpy(), array[[6, 7, 6]])
+    assert np.array_equal(again.take(np.array([0, 1, 0])).numpy(), array[[6, 7, 6]])
 
 
-def test_gather_reads_memory_maps_and_leaves_them_alone(tmp_path):
+def test_take_reads_memory_maps_and_leaves_them_alone(tmp_path):
     array = pixels(4)
     np.save(tmp_path / "pack.npy", array)
     images = Images([np.load(tmp_path / "pack.npy", mmap_mode="r")])
-    images.gather(np.array([1, 2])).zero_()
-    assert np.array_equal(images.gather(np.array([1, 2])).numpy(), array[1:3])
+    images.take(np.array([1, 2])).zero_()
+    assert np.array_equal(images.take(np.array([1, 2])).numpy(), array[1:3])
 
 
 def test_statistics_are_those_of_each_channel():
@@ -88,9 +88,9 @@ def test_resident_images_are_the_same_images():
     assert isinstance(resident.parts[0], torch.Tensor) and len(resident) == 5
     assert resident.shape == images.shape and resident.gray
     order = np.array([4, 0, 3, 3])
-    assert torch.equal(resident.gather(order), images.gather(order))
+    assert torch.equal(resident.take(order), images.take(order))
     assert torch.equal(
-        resident.subset(order).gather(order[1:3]), images.subset(order).gather(order[1:3])
+        resident.subset(order).take(order[1:3]), images.subset(order).take(order[1:3])
     )
     assert resident.statistics() == images.statistics()
 

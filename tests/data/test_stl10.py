@@ -49,7 +49,7 @@ def test_images_come_out_upright_and_labels_from_zero(tmp_path):
     data = load(tmp_path)
     assert (len(data.train), len(data.test), len(data.unlabelled)) == (20, 10, 5)
     for images, start in ((data.train, 0), (data.test, 1000), (data.unlabelled, 5000)):
-        got = images.gather(np.array([3, 0, 4])).numpy()
+        got = images.take(np.array([3, 0, 4])).numpy()
         assert np.array_equal(got, np.stack([image(start + n) for n in (3, 0, 4)]))
     assert data.train_labels.dtype == np.int64
     assert np.array_equal(data.train_labels, np.arange(20) % 10)
@@ -62,7 +62,7 @@ def test_train_and_unlabelled_are_joined_for_pretraining(tmp_path):
     write(tmp_path)
     images, labels = load(tmp_path).pretraining("train+unlabelled")
     assert len(images) == len(labels) == 25
-    got = images.gather(np.array([21, 2])).numpy()
+    got = images.take(np.array([21, 2])).numpy()
     assert np.array_equal(got, np.stack([image(5001), image(2)]))
 
 

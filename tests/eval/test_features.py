@@ -106,7 +106,7 @@ def test_features_are_computed_once_for_each_set_of_images():
 
     def first_values(images):
         computed.append(images)
-        return images.gather(np.arange(len(images))).flatten(1)[:, 0]
+        return images.take(np.arange(len(images))).flatten(1)[:, 0]
 
     known = Features(first_values, Dataset(train, labels, None, test, labels[:6], ["a"]))
     everything = Labelled(train, labels, np.arange(20), ["a"])

@@ -63,9 +63,9 @@ def test_queries_are_held_out_of_the_bank():
     watch = online()
     assert watch.queries == 12
     everything = np.arange(60)
-    rows = [row.numpy().tobytes() for row in watch.images.gather(everything)]
+    rows = [row.numpy().tobytes() for row in watch.images.take(everything)]
     assert len(set(rows)) == 60  # each image once: query or bank
-    whole = [row.numpy().tobytes() for row in pictures.gather(everything)]
+    whole = [row.numpy().tobytes() for row in pictures.take(everything)]
     original = dict(zip(whole, labels, strict=True))
     assert [original[row] for row in rows] == watch.labels.tolist()
 

@@ -201,7 +201,7 @@ def test_a_notebooks_two_lines(trained_run, pictures, subset):
     encoder, transform = load(trained_run)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     expected = extract(encoder, subset.test, transform)
-    pixels = subset.test.gather(np.arange(3))
+    pixels = subset.test.take(np.arange(3))
     with Image.open(pictures / "001.png") as image:
         found = encoder(transform(image))
     assert found.shape == (1, encoder.feature_size)

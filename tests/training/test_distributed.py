@@ -17,7 +17,8 @@ from byol.byol import BYOL
 from core.errors import RunError, UserError, reason_of
 from data.loader import Loader
 from data.views import View2Config, ViewConfig
-from training import distributed, session
+from training import distributed, replicas, session
+from training.all_gather import all_gather
 from training.checkpoints import Checkpoints
 from training.distributed import Processes
 from training.encoder import Encoder
@@ -45,7 +46,7 @@ def train(images, accumulate: int, optimizer: str = "lars", batch_norm: str = "s
         losses.append(float(distributed.sum_over_ranks(step.loss.clone())) / ranks)
     before = digest(method.state_dict())
     if batch_norm == "local":
-        distributed.broadcast_buffers(method)
+        replicas.broadcast_buffers(method)
     return {k: v.clone() for k, v in method.state_dict().items()}, losses, before
 
 
@@ -91,7 +92,7 @@ def gathered(x, weights):
     rank, ranks = distributed.own_rank(), dist.get_world_size()
     mine = x.chunk(ranks)[rank].clone().requires_grad_(True)
     own = weights.chunk(ranks)[rank]
-    everything = distributed.gather(mine)
+    everything = all_gather(mine)
     (own * (mine @ everything.T).tanh()).sum(1).mean().backward()
     return everything.detach(), mine.grad / ranks
 
@@ -109,7 +110,7 @@ def test_gradients_through_a_gather_are_those_of_the_whole_batch():
 
 def test_alone_there_is_nothing_to_gather():
     x = torch.randn(3, 2, requires_grad=True)
-    assert distributed.gather(x) is x and distributed.own_rank() == 0
+    assert all_gather(x) is x and distributed.own_rank() == 0
 
 
 def difference(change):
@@ -121,7 +122,7 @@ def difference(change):
     for name, tensor in tensors.items():
         method.register_buffer(name, tensor)
     try:
-        distributed.compare_replicas(method, 1, False)
+        replicas.compare_replicas(method, 1, False)
     except RunError as error:
         return str(error).split()[0]
     return ""
