@@ -136,19 +136,19 @@ def evaluate(config, frozen: FrozenEncoder, features: Features, split: Split):
     if config.head == "knn":
         known = features(split.train), torch.from_numpy(split.train.labels), test, truth
         few, usual, many = (min(k, len(split.train)) for k in (5, 20, 200))
-        figures = {f"cosine_{k}nn": round(knn_top1(*known, k=k), 4) for k in (few, usual, many)}
-        figures[f"euclidean_{few}nn"] = round(knn_top1(*known, k=few, euclidean=True), 4)
-        return {"top1": figures[f"cosine_{usual}nn"], **figures}, None
+        metrics = {f"cosine_{k}nn": round(knn_top1(*known, k=k), 4) for k in (few, usual, many)}
+        metrics[f"euclidean_{few}nn"] = round(knn_top1(*known, k=few, euclidean=True), 4)
+        return {"top1": metrics[f"cosine_{usual}nn"], **metrics}, None
     if config.protocol == "augmented":
         crop, seed = config.data.crop_size, config.run.seed
         classifier = fit_augmented(frozen, split.train, config.augmented, crop, seed)
     else:
         x, y = features(split.train), split.train.labels
         classifier = fit(config.head, x, y, classes, config.linear, config.mlp, config.run.seed)
-    figures = {"top1": classifier.top1(test, truth), "chosen": classifier.chosen}
+    metrics = {"top1": classifier.top1(test, truth), "chosen": classifier.chosen}
     if config.protocol == "augmented":
-        figures |= {"trials": classifier.trials, "settings": asdict(config.augmented)}
-    return figures, classifier
+        metrics |= {"trials": classifier.trials, "settings": asdict(config.augmented)}
+    return metrics, classifier
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -325,7 +325,8 @@ def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
         for run in runs:
             metrics = read_metrics(run / "metrics.jsonl")[1:]  # the first step is slower
             rates += [row["images_per_second"] for row in metrics]
-        rows += method_rows(table.cells, name, budgets, float(np.median(rates)))
+        rate = float(np.median(rates)) if rates else None
+        rows += method_rows(table.cells, name, budgets, rate)
     for control in CONTROLS:
         rows += method_rows(table.cells, control, budgets, None)
     if table.processes.main:

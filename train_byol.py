@@ -26,7 +26,7 @@ from eval.online import OnlineEval
 from training.command import execute
 from training.config import PretrainRun
 from training.distributed import Processes
-from training.encoder import EncoderConfig, fetch, initialise
+from training.encoder import EncoderConfig, fetch, initialize
 from training.method import Method
 from training.optimizers import OptimConfig
 from training.run_folder import finished, say, warn
@@ -112,7 +112,7 @@ def add_probe(method: Method, data: datasets.Dataset, labels):
 def start(encoder: EncoderConfig, data: datasets.DataConfig, images: Images, seed: int):
     """The encoder as --init says, and the EvalTransform that goes with it and the images."""
     torch.manual_seed(seed)
-    network, mean, std = initialise(encoder, images)
+    network, mean, std = initialize(encoder, images)
     return network, EvalTransform.of(data, images.shape, mean, std)
 
 
@@ -125,7 +125,7 @@ def train(session: Session, online: OnlineEval, processes: Processes) -> dict:
             session.share_buffers()
             now, warnings = online.measure(session.method, step.index)
             metrics = now
-            session.folder.pause_clock(online.seconds)
+            session.folder.clock += online.seconds  # images per second are those of training
             for text in warnings:
                 warn(processes, f"step {step.index + 1}: {text}; see docs/evaluation.md")
         session.log(step, **now)

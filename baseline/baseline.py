@@ -22,7 +22,7 @@ class Baseline(Method):
 
     @dataclass
     class Config:
-        """[baseline]: augmentation and regularisation of the labelled training."""
+        """[baseline]: augmentation and regularization of the labelled training."""
 
         area: list[float] = option([0.3, 1.0], "area fraction of the crops", low=0.01, high=1)
         flip_p: float = option(0.5, "probability of a mirror image", low=0, high=1)
@@ -32,6 +32,10 @@ class Baseline(Method):
             [0.005, 0.01, 0.02, 0.05, 0.1], "--sweep: rates (BYOL, App. C.2)", low=0
         )
         sweep_epochs: list[int] = option([30, 50], "--sweep: epochs", low=1)
+
+        def check(self, label: str) -> None:
+            """UserError unless `area` is a pair."""
+            ViewConfig.supervised(self.area, self.shift, self.flip_p).check(label)
 
     def __init__(self, encoder: nn.Module, config: Config, classes: int) -> None:
         super().__init__(encoder, config)
@@ -71,4 +75,4 @@ class Finetune(Baseline):
 
     @dataclass
     class Config(Baseline.Config):
-        """[finetune]: augmentation and regularisation of the labelled training."""
+        """[finetune]: augmentation and regularization of the labelled training."""

@@ -28,8 +28,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         raise RunError(
-            f"{path}: {error.strerror} ({len(data):,} bytes needed, {free:,} free); what was saved "
-            "before is intact: solve this, then go on with --resume"
+            f"{path}: {error.strerror} ({len(data):,} bytes needed, {free:,} free); what was "
+            "written before is intact: make room, then start again (a training: with --resume)"
         ) from error
     with contextlib.suppress(OSError):  # Windows opens no folders, some file systems flush none
         folder = os.open(path.parent, os.O_RDONLY)

@@ -16,13 +16,12 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import UserError
+from core.errors import UserError, warn_once
 
 PLAIN = ("data", "encoder", "optim", "run")
 # A recipe serves all commands: tables of others are ignored, unknown names are an error.
 TABLES = (*PLAIN, *"view1 view2 byol baseline linear mlp augmented finetune reproduce".split())
 VARIANTS = Path(__file__).parent.parent / "variants"
-OLD_RECIPE = "the recipe of --ckpt"  # may have keys that were removed since
 REMOVED = {
     "max_steps": "use --steps",
     "replicas_every": "the processes are compared at each save and every 1,000 steps",
@@ -171,8 +170,6 @@ def read_recipe(path: str | Path, known: typing.Iterable[str] = ()) -> dict:
 
 def _hint(name: str, known) -> str:
     """What to do about an unknown name."""
-    if name in REMOVED:
-        return f", which was removed: {REMOVED[name]}"
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
 
@@ -192,7 +189,7 @@ def make_config(
         raise UserError(f"defaults: unknown table {unknown[0]}" + _hint(unknown[0], tables))
     lay = functools.partial(_lay, tables, config_class.own)
     lay(config_class.defaults, "defaults")
-    recipe, source, run = recipe or {}, OLD_RECIPE, run or {}
+    recipe, source, run = recipe or {}, "the recipe of --ckpt", run or {}
     if file := typed.get("recipe"):
         lay(run, "the run of --ckpt")
         recipe, source, run = read_recipe(file, tables), f"--recipe {file}", {}
@@ -206,6 +203,8 @@ def make_config(
             _set(tables, name, option, value, flag_of(key))
         else:
             flags[key] = options_of(config_class)[key].check(value, flag_of(key))
+    if "optim.epochs" in typed and "optim.steps" not in typed:
+        tables["optim"].steps = 0  # a recipe's or the method's, in whose place --epochs was typed
     for name, table in tables.items():
         if hasattr(table, "check"):
             table.check(name)
@@ -220,7 +219,8 @@ def _lay(tables: dict, own: str, values: dict, source: str) -> None:
         if not isinstance(values[name], dict):
             raise UserError(f"{source}: {name} must be a table, [{name}]")
         for key, value in values[name].items():
-            if key in REMOVED and source == OLD_RECIPE:
+            if key in REMOVED:
+                warn_once(f"{source}: [{name}] {key} was removed: {REMOVED[key]}")
                 continue
             accepted, home = _accepted(name, tables[name]), name
             if name == own and key not in accepted:
@@ -284,22 +284,28 @@ def _add_flags(group, table: str, table_class: type, defaults) -> None:
 
 
 def as_dict(config: Config) -> dict:
-    """Plain types only, so that weights_only loading can hold it: one table a section.
+    """The settings as plain types: what config.json and checkpoints hold.
 
-    "recipe" holds the recipe's own tables: an evaluation of the run starts from them.
+    One table a section; "flags" are those of the command alone, and "recipe" has the tables of the
+    recipe, from which an evaluation of the run starts.
     """
     tables = tables_of(type(config))
     settings = {name: dataclasses.asdict(getattr(config, name)) for name in tables}
-    return settings | {"recipe": config.recipe_tables}
+    flags = {name: getattr(config, name) for name in options_of(type(config))}
+    return settings | {"flags": flags, "recipe": config.recipe_tables}
 
 
 def differences(config: Config, saved: dict) -> list[str]:
     """What a resume changes of all that shapes the trajectory: "--lr 0.3 -> 0.2", ..."""
     changed = []
-    for table, table_class in tables_of(type(config)).items():
-        for name, option in options_of(table_class).items():
-            new = getattr(getattr(config, table), name)
-            old = saved.get(table, {}).get(name, new)
+    if config.own and config.own not in saved:
+        changed.append(f"a run without [{config.own}] -> {config.own}")
+    sections = {"flags": config} | {name: getattr(config, name) for name in tables_of(type(config))}
+    for section, table in sections.items():
+        for name, option in options_of(type(table)).items():
+            new = getattr(table, name)
+            old = saved.get(section, {}).get(name, new)
             if option.field.metadata["trajectory"] and old != new:
-                changed.append(f"{flag_of(f'{table}.{name}')} {old} -> {new}")
+                key = name if table is config else f"{section}.{name}"
+                changed.append(f"{flag_of(key)} {old} -> {new}")
     return changed

@@ -71,6 +71,7 @@ class Dataset:
     test_labels: np.ndarray | None
     class_names: list[str]
     folds: list[np.ndarray] | None = None
+    files: dict[str, list[str]] | None = None  # split -> file names in the order of its images
 
     def pretraining(self, pretrain_on: str) -> tuple[Images, np.ndarray]:
         """Images to pretrain on, and their labels, -1 where there are none."""
@@ -94,13 +95,6 @@ def prepare(data: DataConfig) -> None:
 def load(data: DataConfig) -> Dataset:
     """Open the data set; sizes and labels are checked, pixels stay on the disk."""
     return _module(data.dataset).load(Path(data.data_root), data)
-
-
-def file_names(data: DataConfig, split: str, count: int) -> list[str]:
-    """What its images are called: a folder's files, "train/0", "train/1", ... of other data."""
-    if data.dataset == "folder":
-        return _module("folder").file_names(Path(data.data_root), data, split)
-    return [f"{split}/{i}" for i in range(count)]
 
 
 def _module(name: str):

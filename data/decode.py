@@ -73,8 +73,10 @@ def _try(path: Path, size: int) -> np.ndarray | str:
     """The image, or why it can't be decoded."""
     try:
         return decode(path, size)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's formats raise anything, SyntaxError and struct.error too
-        if isinstance(error, OSError) and error.filename:  # not the image's fault
+        if isinstance(error, OSError) and error.errno:  # the disk's fault, not the image's
             raise
         return " ".join(str(error).split()) or type(error).__name__
 

@@ -51,23 +51,14 @@ def load(root: Path, data: DataConfig) -> Dataset:
     pack = prepare(root, data)
     files = _manifest(pack)["files"]
     parts = dict.fromkeys(("train", "train_labels", "unlabelled", "test", "test_labels"))
+    parts["files"] = {split: sum(by_class.values(), []) for split, by_class in files.items()}
     for split, by_class in files.items():
         counts = [len(names) for names in by_class.values()]
         shape = (sum(counts), 3, data.store_size, data.store_size)
-        try:
-            pixels = np.memmap(pack / f"{split}.bin", np.uint8, "r", shape=shape)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--data-root {root}: {error}; delete {pack}") from None
-        parts[split] = Images([pixels])
+        parts[split] = Images([np.memmap(pack / f"{split}.bin", np.uint8, "r", shape=shape)])
         if split != "unlabelled":
             parts[f"{split}_labels"] = np.repeat(np.arange(len(counts)), counts)
     return Dataset(**parts, class_names=[printable(name) for name in files.get("train", {})])
-
-
-def file_names(root: Path, data: DataConfig, split: str) -> list[str]:
-    """The files of a split, relative to `root`, in the order of its images."""
-    by_class = _manifest(prepare(root, data))["files"][split]
-    return [name for names in by_class.values() for name in names]
 
 
 def _manifest(pack: Path) -> dict:
@@ -84,10 +75,18 @@ def _places(root: Path) -> tuple[Path, Path]:
 
 
 def _find(root: Path, name: str) -> Path | None:
-    """The pack of that name, if there is one that can be read."""
+    """The pack of that name, if there is one that is whole and can be read."""
     for place in _places(root):
-        if os.access(place / name / "manifest.json", os.R_OK):
-            return place / name
+        pack, side = place / name, int(name.split("-")[0])
+        try:
+            for split, by_class in _manifest(pack)["files"].items():
+                size = sum(len(names) for names in by_class.values()) * 3 * side * side
+                with open(pack / f"{split}.bin", "rb") as file:
+                    if os.fstat(file.fileno()).st_size != size:
+                        raise ValueError
+            return pack
+        except (OSError, ValueError):  # missing, somebody else's, damaged
+            continue
     return None
 
 
@@ -104,8 +103,10 @@ def _writable_place(root: Path) -> Path:
 
 def _pack(root: Path, listing: Listing, pack: Path, size: int) -> None:
     """Write a pack, whole or not at all; older ones of that size in its folder go."""
-    partial = pack.with_name(f"{pack.name}.{os.getpid()}.partial")
+    partial = pack.with_name(f"{size}.partial")
     files, skipped = {}, []
+    for leftover in (partial, pack):  # of a killed process; damaged
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir()
         for split, by_class in listing.files.items():

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ def list_images(root: Path) -> Listing:
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder; name the one that holds your images")
     labelled = os.path.lexists(root / "train")
+    if not labelled and (root / "test").is_dir():
+        raise UserError(f"--data-root {root}: test/ without train/; add train/, or rename test/")
     files, ignored, digest = {}, Counter(), hashlib.sha256(str(FORMAT).encode())
     for path in _walk(root):
         split, name = _place(path, labelled)
@@ -79,8 +82,17 @@ def _walk(root: Path) -> list[str]:
         seen[real] = folder
         folders[:] = [name for name in folders if _is_visible(name)]
         where = Path(folder).relative_to(root)
-        files += [(where / name).as_posix() for name in names if _is_visible(name)]
+        names = [n for n in names if _is_visible(n) and not _is_special(os.path.join(folder, n))]
+        files += [(where / name).as_posix() for name in names]
     return sorted(files)
+
+
+def _is_special(path: str) -> bool:
+    """Whether it is a pipe, a socket or a device, whose reading might never end."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:  # a link that leads nowhere
+        return False
 
 
 def _is_visible(name: str) -> bool:

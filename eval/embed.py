@@ -40,9 +40,8 @@ def run(config, processes) -> dict:
     splits = {"train": data.train, "unlabelled": data.unlabelled, "test": data.test}
     splits = {name: images for name, images in splits.items() if images is not None}
     files, split_of, labels = [], [], []
-    # before the features, which take long: another process may pack the folder anew meanwhile
     for name, images in splits.items():
-        files += datasets.file_names(config.data, name, len(images))
+        files += data.files[name] if data.files else [f"{name}/{i}" for i in range(len(images))]
         split_of += [name] * len(images)
         known = getattr(data, f"{name}_labels", None)
         labels.append(np.full(len(images), -1) if known is None else known)

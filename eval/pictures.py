@@ -88,12 +88,13 @@ def dots_figure(rows: list[dict], title: str = "") -> Figure:
         for i, kind in enumerate(kinds):
             group = [row for row in rows if (row["kind"], row["labels"]) == (kind, labels)]
             x, error = [row["top1"] for row in group], [row["std"] or 0 for row in group]
-            y = [names.index(row["name"]) + 0.2 * i for row in group]
+            y = [names.index(row["name"]) + 0.2 * (i - (len(kinds) - 1) / 2) for row in group]
             axes.errorbar(x, y, xerr=error, fmt="os"[i], label=KINDS.get(kind))
         axes.set_yticks(range(len(names)), [label(name) for name in names])
+        axes.set_ylim(-0.5, len(names) - 0.5)
         axes.set_xlabel("top-1, %")
         axes.set_title(f"{labels:,} labels")
-    figure.suptitle(plain(title, 80))
+    figure.suptitle(plain(title, 80), wrap=True)
     if len(kinds) > 1:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     return figure
@@ -113,7 +114,8 @@ def curves_figure(runs: dict[str, list[dict]]) -> Figure:
             axes.plot(steps, values, label=label(name))
         axes.set_title(CURVES[key])
         axes.set_xlabel("step")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    if shown:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

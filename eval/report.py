@@ -57,7 +57,8 @@ def labelled_images(table: Path) -> dict:
     on = settings["recipe"].get("data", {}).get("evaluate_on", "test")
     on = settings["flags"].get("data.evaluate_on", on)
     cells = Cells(table / "cells.jsonl", False).cells.values()
-    most, first = max(cell["labels"] for cell in cells), min(cell["draw"] for cell in cells)
+    most = max((cell["labels"] for cell in cells), default=0)
+    first = min((cell["draw"] for cell in cells), default=0)
     return {"labels": most, "evaluate_on": on, "draw": first}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from core import options
 from core.errors import UserError
 from core.files import write_json
-from core.options import as_dict, running
+from core.options import as_dict, option
 from data import datasets
 from data.labelled import Split, each_fold, evaluation
 from data.loader import Loader
@@ -38,8 +38,8 @@ class Config(options.Config):
     encoder: EncoderConfig
     optim: OptimConfig
     run: TrainRun
-    sweep: bool = running(False, "choose rate and epochs on a fifth of the training labels")
-    folds: bool = running(False, "stl10: each of the ten folds, mean and standard deviation")
+    sweep: bool = option(False, "choose rate and epochs on a fifth of the training labels")
+    folds: bool = option(False, "stl10: each of the ten folds, mean and standard deviation")
 
     def kinds(self) -> list[str]:
         """What stands for --sweep and --folds in the name of a run folder."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from core.device import pick_device
-from core.errors import UserError, one_line_errors
-from core.options import Config, Parser, make_config, options_of, running
+from core.errors import UserError, one_line_errors, printable
+from core.options import Config, Parser, make_config, option, options_of
 from data import datasets
 from data.decode import OURS, decode_all
 from data.images import Images
@@ -20,6 +20,7 @@ from data.listing import image_files
 from data.transform import EvalTransform
 from eval.classifiers import Classifier, build_head
 from eval.features import extract
+from training.config import LoopRun
 from training.distributed import SINGLE, Processes
 from training.encoder import ENCODERS, EncoderConfig, ShapeConfig
 from training.weights import TORCHVISION, Weights, load_file, read_weights
@@ -115,7 +116,7 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
     """Images of files and of all files below folders, and their names.
 
     They are as the folder data set packs them: upright, short side `side`, center square.  A file
-    that can't be read is left out with a warning.
+    that can't be decoded is left out with a warning.
     """
     paths = []
     for path in map(Path, words):
@@ -128,7 +129,8 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
             pixels[len(names)] = decoded
             names.append(str(path))
         elif decoded != OURS:
-            print(f"warning: {path}: left out, not readable ({decoded})", file=sys.stderr)
+            name = printable(str(path))
+            print(f"warning: {name}: left out, not readable ({decoded})", file=sys.stderr)
     if not names:
         raise UserError(f"{' '.join(words)}: no readable image there; name files or folders")
     return Images([pixels[: len(names)]]), names
@@ -158,7 +160,7 @@ class CkptConfig(Config):
 
     data: datasets.DataConfig
     encoder: ShapeConfig
-    ckpt: str = running(
+    ckpt: str = option(
         "", "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
     )
     weights: Weights | None = None  # what --ckpt holds
@@ -190,11 +192,18 @@ def from_config(config: CkptConfig, images: Images) -> tuple[nn.Module, EvalTran
 
 
 def tables_of(weights: Weights) -> tuple[dict, dict]:
-    """The tables with a run's data and its encoder's shape, and those of its recipe."""
+    """For an evaluation: the run's data and the encoder's shape; its recipe's tables.
+
+    What the recipe says of the run's own folder, and of going on, is left out.
+    """
     data, keep = weights.config.get("data", {}), options_of(datasets.DataConfig).keys()
     data = {name: data[name] for name in keep & data.keys() - {"download"}}
     shape = {name: weights.meta[name] for name in options_of(ShapeConfig) if name in weights.meta}
-    return {"data": data, "encoder": shape}, weights.config.get("recipe", {})
+    recipe = dict(weights.config.get("recipe", {}))
+    if "run" in recipe:
+        keep = options_of(LoopRun).keys() - {"out"} | {"seed"}
+        recipe["run"] = {k: v for k, v in recipe["run"].items() if k in keep}
+    return {"data": data, "encoder": shape}, recipe
 
 
 def folder_beside(config: CkptConfig, *names: str) -> str:

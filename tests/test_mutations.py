@@ -54,7 +54,7 @@ MUTATIONS = {
         "byol/byol.py", "representation = [self.target_encoder(view)",
         "self.target_encoder.eval()\n            representation = [self.target_encoder(view)",
         f"{BYOL} -k keeps_its_own"),
-    "default initialisation of the heads": (
+    "default initialization of the heads": (
         "byol/byol.py", "nn.init.trunc_normal_(layer.weight, std=scale,", "dict(std=scale,",
         f"{BYOL} -k heads_start"),
     "heads cut at two instead of two scales": (
@@ -230,7 +230,7 @@ MUTATIONS = {
     "test images in a report of validation images": (
         "eval/report.py", 'settings["flags"].get("data.evaluate_on", on)', '"test"',
         "tests/eval/test_report.py -k no_test_image"),
-    "your own images normalised as ImageNet's": (
+    "your own images normalized as ImageNet's": (
         "eval/trained.py", "EvalTransform.from_meta(missing | weights.meta)",
         "EvalTransform.from_meta(weights.meta | missing)",
         "tests/eval/test_trained.py -k predict_with"),

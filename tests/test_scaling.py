@@ -28,7 +28,7 @@ from data.views import View2Config, ViewConfig
 from training import batchnorm, distributed
 from training.checkpoints import Checkpoints
 from training.distributed import Processes
-from training.encoder import Encoder, parameter_count
+from training.encoder import Encoder
 from training.loop import Precision, train_steps
 from training.optimizers import build_optimizer
 from training.resume import newest_valid
@@ -64,8 +64,8 @@ def train(data, name: str, accumulate: int, steps: int, dtype):
     if method.uses_labels:
         images, labels = data.train, data.train_labels
     views = method.views or (ViewConfig(), View2Config())
-    sizes, normalisation = (16, 32), images.statistics()
-    loader = Loader(images, labels, views, *sizes, *normalisation, accumulate=accumulate,
+    sizes, normalization = (16, 32), images.statistics()
+    loader = Loader(images, labels, views, *sizes, *normalization, accumulate=accumulate,
                     rank=processes.rank, world_size=ranks, dtype=dtype)  # fmt: skip
     model = distributed.wrap(method, processes, "sync")
     kind, peak = (
@@ -244,7 +244,7 @@ def counted_of(method) -> dict[str, float]:
     norms = [m for m in method.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     trained = [m for m in norms if m.weight.requires_grad]
     return {
-        "gradients": parameter_count(method) * 4 / 1e6,
+        "gradients": sum(p.numel() for p in method.parameters() if p.requires_grad) * 4 / 1e6,
         "collectives": 2 * (len(norms) + len(trained)),  # two views; forward, and backward
         "statistics": 2 * 8 * sum(m.num_features for m in norms + trained) / 1e6,  # two floats each
     }

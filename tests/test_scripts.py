@@ -24,6 +24,7 @@ from data import datasets
 from eval import online, supervised
 from eval.features import extract
 from eval.protocols import PROTOCOLS
+from variants.simsiam import SimSiam
 
 ROOT = Path(train_byol.__file__).parent
 TORCHRUN = ["-m", "torch.distributed.run"]  # what `torchrun` runs
@@ -392,7 +393,7 @@ def test_finetuning_starts_from_the_checkpoint_and_the_baseline_does_not(run, re
                    for name in ("tuned", "base"))  # fmt: skip
     assert torch.equal(tuned["state_dict"]["conv1.weight"], kept)
     assert not torch.equal(base["state_dict"]["conv1.weight"], kept)
-    # what the encoder was pretrained with is what its images are normalised with
+    # what the encoder was pretrained with is what its images are normalized with
     assert (
         tuned["meta"]["mean"] == torch.load(run / "encoder.pt", weights_only=True)["meta"]["mean"]
     )
@@ -573,3 +574,51 @@ def test_images_on_the_device_give_the_same_run(sample, recipe, tmp_path):
         flags = ["--recipe", recipe, "--out", str(tmp_path / where), "--steps", "3", "--quiet"]
         train_byol.main(argv=[*flags, "--data-on-device", where])
     assert metrics(tmp_path / "always") == metrics(tmp_path / "never")
+
+
+def test_resume_refuses_another_method_checkpoint_or_kind_of_run(run, sample, recipe, tmp_path):
+    """A result of other weights, or of another command, would pass for this one's."""
+    other, out = tmp_path / "other", tmp_path / "out"
+    train_byol.main(argv=["--recipe", recipe, "--out", str(other), "--quiet", "--seed", "1"])
+    flags = ["--recipe", recipe, "--out", str(other), "--resume"]
+    with pytest.raises(SystemExit):
+        train_byol.main(SimSiam, flags)
+    tune = [*CPU, "--labels", "50", "--out", str(out)]
+    finetune.main(["--ckpt", str(run), *tune])
+    before = (out / "result.json").read_bytes()
+    assert finetune.main(["--ckpt", str(run), *tune, "--resume"])["complete"]
+    for words in (["--ckpt", str(other)], ["--ckpt", str(run), "--sweep"]):
+        with pytest.raises(SystemExit):
+            finetune.main([*words, *tune, "--resume"])
+    linear = tmp_path / "linear"
+    linear_eval.main(["--ckpt", str(run), "--quiet", "--labels", "50", "--out", str(linear)])
+    with pytest.raises(SystemExit):
+        finetune.main(["--ckpt", str(run), *tune[:-1], str(linear), "--resume"])
+    assert (out / "result.json").read_bytes() == before
+
+
+def test_an_evaluation_stays_out_of_the_folder_that_the_recipe_names(sample, recipe, tmp_path):
+    out = tmp_path / "run"
+    text = f"[run]\nout = {json.dumps(str(out))}\noverwrite = true\nquiet = true\n"
+    Path(recipe).write_text(Path(recipe).read_text().replace("[run]\n", text))
+    train_byol.main(argv=["--recipe", recipe])
+    linear_eval.main(["--ckpt", str(out), "--labels", "50"])
+    assert (out / "encoder.pt").exists() and (out / "linear-labels50-draw0").is_dir()
+    assert len(list(tmp_path.glob("run*"))) == 1
+
+
+def test_each_fold_has_a_sweep_of_its_own(sample, recipe, tmp_path, monkeypatch):
+    whole = supervised.datasets.load
+
+    def load(config):
+        data = whole(config)
+        return dataclasses.replace(data, folds=[np.arange(50), np.arange(50, 100)])
+
+    monkeypatch.setattr(supervised.datasets, "load", load)
+    two = supervised.each_fold
+    monkeypatch.setattr(supervised, "each_fold", lambda data, folds: two(data, folds)[:2])
+    grid = ["--baseline.sweep-lr", "0.1", "--baseline.sweep-epochs", "1", "--sweep", "--folds"]
+    flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--quiet", *grid]
+    result = train_baseline.main(flags)
+    assert len(result["folds"]) == 2 and result["chosen_in_folds"] == [0.1, 0.1]
+    assert train_baseline.main([*flags, "--resume"])["complete"]

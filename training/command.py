@@ -68,7 +68,12 @@ def check_run(config) -> None:
     r, out = config.run, Path(config.run.out)
     pick_device(r.device)
     check_free(out, bool(r.resume), r.overwrite)
-    for inside in (Path.cwd(), Path(config.data.data_root).resolve()):
+    images = Path(config.data.data_root).resolve()
+    names = set(os.listdir(out)) if out.is_dir() else set()
+    of_no_run = names and not names & {".lock", "settings.json"}
+    if out.resolve() == images or (of_no_run and out.resolve().is_relative_to(images)):
+        raise UserError(f"--out {out}: a folder of images, in --data-root; choose another")
+    for inside in (Path.cwd(), images):
         if r.overwrite and inside.is_relative_to(out.resolve()):
             raise UserError(f"--overwrite: would rename {inside} with --out {out}; choose another")
     if r.resume not in ("", "auto") and not Path(r.resume).is_file():

@@ -113,12 +113,7 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
     return ENCODERS[config.arch](config.stem, config.width, config.zero_init)
 
 
-def parameter_count(module: nn.Module) -> int:
-    """The number of trained scalars."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def initialise(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:
+def initialize(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:
     """The encoder that --init starts from, and the mean and std that its inputs need.
 
     images   their mean and std are used where --init names no others

@@ -1,4 +1,4 @@
-"""The optimizers: LARS by hand, torch's own SGD and AdamW, over groups made by dimension."""
+"""The optimizers: LARS by hand, torch's own SGD and AdamW, over a method's parameter groups."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class OptimConfig:
 
     optimizer: str = option("lars", "optimizer", choices=("lars", "sgd", "adamw"))
     lr: float = option(2.0, "rate per 256 images for lars and sgd, as it is for adamw", low=0)
-    weight_decay: float = option(1e-6, "weight decay; never on 1-D parameters", low=0)
+    weight_decay: float = option(1e-6, "weight decay; not of biases and norms", low=0)
     momentum: float = option(0.9, "momentum of lars and sgd", low=0, high=0.9999)
     batch_size: int = option(256, "GLOBAL batch, images over all processes", low=1)
     nesterov: bool = option(False, "momentum of sgd in Nesterov's form")

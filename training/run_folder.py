@@ -26,8 +26,6 @@ from core.options import differences
 from training.distributed import Processes, sum_over_ranks
 
 SECONDS_A_LINE = 15  # between the lines that a run prints
-# one of these is in each folder of a run or table
-OURS = {".lock", "config.json", "settings.json", "metrics.jsonl", "checkpoints"}
 
 
 def say(processes: Processes, text: str) -> None:
@@ -49,10 +47,7 @@ def check_free(out: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--out {out}: {there} is no folder to write to; choose another --out")
     if not str(out).isprintable():  # TensorBoard can't write there
         raise UserError(f"--out {out!s:.200}: choose a name that can be printed, in UTF-8")
-    names = set(os.listdir(out)) if out.exists() else set()
-    if names and not names & OURS:
-        raise UserError(f"--out {out}: holds files that no run has written; choose another --out")
-    if "config.json" in names and not (resume or overwrite):
+    if (out / "config.json").exists() and not (resume or overwrite):
         raise UserError(
             f"--out {out} holds a run: --overwrite renames it away, --resume continues a training; "
             "or choose another --out"
@@ -89,6 +84,8 @@ class RunFolder(contextlib.ExitStack):
         self.images = 0  # since `clock`
         if processes.main:
             check_free(out, resume, overwrite)
+            if (out / "settings.json").exists():
+                raise UserError(f"--out {out} holds a table of reproduce.py; choose another --out")
             if overwrite and not resume and (out / "config.json").exists():
                 self._rename_away()
             out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +99,10 @@ class RunFolder(contextlib.ExitStack):
         """Put the time into the name of the old run's folder; UserError if it is still in use."""
         self._lock().close()  # Windows renames no folder with an open file in it
         old = Path(os.path.abspath(self.out))
-        old.rename(old.with_name(f"{old.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        new = old.with_name(f"{old.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        while new.exists():
+            new = new.with_name(f"{new.name}+")
+        old.rename(new)
 
     def _lock(self):
         """The open lock file, with this process's number in it; UserError if another has it."""
@@ -118,10 +118,14 @@ class RunFolder(contextlib.ExitStack):
         return file
 
     def write_config(self, config: dict, done: int = 0, changed: bool = False) -> None:
-        """Write config.json once; after --override the old one is config-until-STEP.json."""
+        """Write config.json once; after --override the old one is config-until-STEP.json.
+
+        So are the results of the old settings, which would pass for those of the new ones.
+        """
         if not self.processes.main or ((self.out / "config.json").exists() and not changed):
             return
-        for old in (self.out / "config.json", self.out / "result.json"):
+        for name in ("config.json", "result.json", "encoder.pt", "classifier.pt"):
+            old = self.out / name
             kept = old.with_stem(f"{old.stem}-until-{done}")
             while kept.exists():
                 kept = kept.with_stem(f"{kept.stem}+")
@@ -186,10 +190,6 @@ class RunFolder(contextlib.ExitStack):
     def flush(self) -> None:
         """Put the rows on the disk, before the checkpoint that stands for them (main process)."""
         os.fsync(self.metrics.fileno())
-
-    def pause_clock(self, seconds: float) -> None:
-        """Take `seconds` of evaluation out of the rate."""
-        self.clock += seconds
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -10,7 +10,7 @@ from core.files import write_json
 from core.options import as_dict
 from training import distributed
 from training.checkpoints import Checkpoints, save_file
-from training.encoder import parameter_count, save_encoder
+from training.encoder import save_encoder
 from training.loop import Precision, Step, peak_rate, pick_precision, train_steps, warmup_steps
 from training.optimizers import build_optimizer
 from training.run_folder import RunFolder, git_commit, read_metrics, say
@@ -87,9 +87,10 @@ class Session(contextlib.ExitStack):
         """The encoder; device, precision, steps and the actual learning rate: two lines."""
         e, o, p = self.config.encoder, self.config.optim, self.processes
         epochs = self.total / self.loader.steps_per_epoch
+        trained = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
         text = (
             f"{e.arch}, stem {e.stem}, width {e.width:g}, init {e.init}: "
-            f"{parameter_count(self.method):,} parameters\n"
+            f"{trained:,} trained parameters\n"
             f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
             f"{o.batch_size} images ({epochs:.3g} epochs), {o.optimizer}, "
             f"learning rate {self.peak:g} after a warm-up of {self.warmup:,} steps"

@@ -287,12 +287,15 @@ def test_an_interrupted_pack_is_started_afresh(root, monkeypatch):
     assert len(packed(root).train) == 5
 
 
-def test_a_damaged_pack_is_one_line(root):
-    packed(root)
-    path = next((root / ".byol-pack").glob("*/train.bin"))
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="delete .*byol-pack"):
-        folder.load(root, CONFIG)
+@pytest.mark.parametrize("name, content", [
+    ("train.bin", b"short"), ("manifest.json", b"{"), ("test.bin", b"long" * 9999)
+])  # fmt: skip
+def test_a_damaged_pack_is_made_again(root, name, content):
+    before = reds(packed(root).train)
+    (pack,) = (root / ".byol-pack").glob(f"{SIZE}-*")
+    (pack / name).write_bytes(content)
+    data = packed(root)
+    assert reds(data.train) == before and data.files["test"] == ["test/ant/e.png", "test/dog/d.png"]
 
 
 def test_a_full_disk_is_one_line(root, monkeypatch):

@@ -244,9 +244,19 @@ def test_names_are_arbitrary_bytes(tmp_path, capsys):
     assert sorted(reds(data.train)) == list(range(len(NAMES)))
     assert all(name.isprintable() for name in data.class_names)
     assert len(set(data.class_names)) == len(NAMES)
-    files = folder.file_names(tmp_path, CONFIG, "train")
+    files = folder.load(tmp_path, CONFIG).files["train"]
     for name, red in zip(files, reds(data.train), strict=True):
         assert os.fsencode(name).startswith(b"train/" + NAMES[red])
+
+
+def test_a_pipe_is_not_waited_for(root):
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    assert len(packed(root).train) == 4
+
+
+def test_test_images_are_no_pretraining_data(root):
+    shutil.move(root / "train", root / "Train")
+    assert "test/ without train/" in refusal(packed, root)
 
 
 @pytest.mark.parametrize("name", ["train/eel", "test/cat"])

@@ -194,12 +194,12 @@ def test_as_dict_is_a_recipe_of_the_same_settings(tmp_path):
     flags = ["--lr", "0.125", "--view1.area", "0.25", "1", "--out", "a b", "--no-compile",
              "--byol.hidden", "9", "--steps", "17"]  # fmt: skip
     tables = as_dict(train_byol.configure(flags))
-    assert tables.pop("recipe") == {}
+    assert (tables.pop("recipe"), tables.pop("flags")) == ({}, {"recipe": ""})
     path = tmp_path / "recipe.toml"
     path.write_text(as_toml(tables))
     assert tomllib.loads(path.read_text()) == tables
     again = as_dict(train_byol.configure(["--recipe", str(path)]))
-    assert again == {**tables, "recipe": tables}
+    assert again == {**tables, "recipe": tables, "flags": {"recipe": str(path)}}
 
 
 def test_what_was_typed_makes_the_settings_again():
@@ -228,15 +228,27 @@ def test_options_of_other_commands_are_checked_and_have_no_flag(tmp_path):
 @pytest.mark.parametrize("table, name, instead", [
     ("optim", "max_steps", "use --steps"), ("run", "replicas_every", "compared at each save")
 ])  # fmt: skip
-def test_who_sets_a_removed_option_is_told_what_to_do(tmp_path, table, name, instead):
+def test_who_sets_a_removed_option_learns_what_to_do(tmp_path, capsys, table, name, instead):
     flag = f"--{name.replace('_', '-')}"
     for words in ([flag, "5"], [f"{flag}=5"]):
         with pytest.raises(UserError, match=f"{flag}.* was removed: .*{instead}"):
             train_byol.configure(words)
     path = tmp_path / "recipe.toml"
-    path.write_text(f"[{table}]\n{name} = 5\n")
-    with pytest.raises(UserError, match=f"no key {name}, which was removed: .*{instead}"):
-        train_byol.configure(["--recipe", str(path)])
+    path.write_text(f"[{table}]\n{name} = 5\n")  # older recipes are read
+    train_byol.configure(["--recipe", str(path)])
+    error = capsys.readouterr().err
+    assert f"{path}: [{table}] {name} was removed" in error and instead in error
+
+
+def test_epochs_that_are_typed_take_the_place_of_a_recipes_steps(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[optim]\nsteps = 7\nepochs = 2\n")
+    recipe = ["--recipe", str(path)]
+    assert train_byol.configure(recipe).optim.total_steps(10) == 7
+    assert train_byol.configure([*recipe, "--epochs", "3"]).optim.total_steps(10) == 30
+    both = ["--epochs", "3", "--steps", "5"]
+    assert train_byol.configure([*recipe, *both]).optim.total_steps(10) == 5
+    assert train_baseline.configure(["--epochs", "3"]).optim.total_steps(10) == 30
 
 
 def test_differences_are_those_that_shape_the_run():
@@ -276,6 +288,7 @@ def test_stl10_recipe_is_the_bare_command(configure):
     path = ROOT / "recipes" / "stl10.toml"
     with_recipe, bare = as_dict(configure(["--recipe", str(path)])), as_dict(configure([]))
     assert with_recipe.pop("recipe") and bare.pop("recipe") == {}
+    assert with_recipe.pop("flags").pop("recipe") and bare.pop("flags")["recipe"] == ""
     assert with_recipe == bare
 
 

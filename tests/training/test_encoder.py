@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from training.encoder import Encoder, parameter_count
+from training.encoder import Encoder
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
@@ -105,10 +105,3 @@ def test_convolutions_start_as_torchvisions():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] ** 2
             assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05), name
-
-
-def test_parameter_count_leaves_frozen_ones_out():
-    head = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2, bias=False))
-    assert parameter_count(head) == 4 * 8 + 8 + 2 * 8 + 8 * 2
-    head[3].requires_grad_(False)
-    assert parameter_count(head) == 4 * 8 + 8 + 2 * 8

@@ -23,7 +23,7 @@ import train_baseline
 import train_byol
 from core.errors import UserError
 from eval.trained import tables_of
-from training.encoder import ENCODERS, Encoder, EncoderConfig, initialise, save_encoder
+from training.encoder import ENCODERS, Encoder, EncoderConfig, initialize, save_encoder
 from training.weights import TORCHVISION, read_weights
 
 META = {"arch": "resnet18", "stem": "small", "width": 0.125, "mean": [0.5] * 3, "std": [0.25] * 3}
@@ -409,18 +409,18 @@ def test_init_from_a_file_brings_weights_and_normalisation(tmp_path):
     source, path = encoder(seed=3), tmp_path / "encoder.pt"
     save_encoder(path, source, META)
     config = EncoderConfig(stem="small", width=0.125, init=str(path))
-    target, *normalization = initialise(config, Statistics)
+    target, *normalization = initialize(config, Statistics)
     assert normalization == [[0.5] * 3, [0.25] * 3]
     assert same(target.state_dict(), source.state_dict())
     # stl, cifar and small have equal shapes: the file says which one it is
     with pytest.raises(UserError, match="--stem small, not cifar"):
-        initialise(EncoderConfig(stem="cifar", width=0.125, init=str(path)), Statistics)
+        initialize(EncoderConfig(stem="cifar", width=0.125, init=str(path)), Statistics)
 
 
 def test_init_random_keeps_the_datas_normalisation():
     config = EncoderConfig(stem="small", width=0.125)
     torch.manual_seed(5)
-    target, *normalization = initialise(config, Statistics)
+    target, *normalization = initialize(config, Statistics)
     assert normalization == [[0.1] * 3, [0.2] * 3]
     assert same(target.state_dict(), encoder(seed=5).state_dict())
 
@@ -504,7 +504,7 @@ def test_C10_a_malicious_file_in_the_cache_is_not_run(cache, tmp_path):
     cache.parent.mkdir(parents=True)
     torch.save({"a": Evil(tmp_path / "sentinel")}, cache)
     with pytest.raises(UserError):
-        initialise(EncoderConfig(init="imagenet"), Statistics)
+        initialize(EncoderConfig(init="imagenet"), Statistics)
     assert not (tmp_path / "sentinel").exists()
 
 
