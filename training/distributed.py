@@ -63,8 +63,10 @@ def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
 
 
 def finish() -> None:
-    """Leave the process group."""
+    """Leave the process group, when all processes are there."""
     if dist.is_initialized():
+        if dist.get_backend() == "gloo":  # who leaves early breaks its collectives for a late one
+            dist.monitored_barrier()
         dist.destroy_process_group()
 
 
