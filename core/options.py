@@ -187,15 +187,15 @@ def make_config(
     tables = {name: table() for name, table in tables_of(config_class).items()}
     if unknown := [name for name in config_class.defaults if name not in tables]:
         raise UserError(f"defaults: unknown table {unknown[0]}" + _hint(unknown[0], tables))
-    lay = functools.partial(_lay, tables, config_class.own)
-    lay(config_class.defaults, "defaults")
-    recipe, source, run = recipe or {}, "the recipe of --ckpt", run or {}
+    _lay(tables, config_class.own, config_class.defaults, "defaults")
+    recipe = recipe or {}
+    layers = [("the recipe of --ckpt", recipe), ("the run of --ckpt", run or {})]
     if file := typed.get("recipe"):
-        lay(run, "the run of --ckpt")
-        recipe, source, run = read_recipe(file, tables), f"--recipe {file}", {}
-    shared = {name: table for name, table in recipe.items() if name not in config_class.ignored}
-    lay(shared, source)
-    lay(run, "the run of --ckpt")
+        recipe = read_recipe(file, tables)
+        layers = [layers[1], (f"--recipe {file}", recipe)]
+    for source, values in layers:
+        kept = {name: table for name, table in values.items() if name not in config_class.ignored}
+        _lay(tables, config_class.own, kept, source)
     flags = {}
     for key, value in typed.items():
         name, _, option = key.rpartition(".")
