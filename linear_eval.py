@@ -50,7 +50,7 @@ class Config(CkptConfig):
     augmented: AugmentedConfig
     head: str = option(
         "linear",
-        "logistic regression, one hidden layer, or nearest neighbours",
+        "logistic regression, one hidden layer, or nearest neighbors",
         choices=("linear", "mlp", "knn"),
     )
     protocol: str = option(
@@ -130,7 +130,7 @@ def save_classifier(path: Path, config, frozen: FrozenEncoder, classifier, class
 
 
 def evaluate(config, frozen: FrozenEncoder, features: Features, split: Split):
-    """(metrics, classifier) of one split; nearest neighbours have no classifier."""
+    """(metrics, classifier) of one split; nearest neighbors have no classifier."""
     classes = len(split.train.class_names)
     test, truth = features(split.test), torch.from_numpy(split.test.labels)
     if config.head == "knn":

@@ -9,8 +9,8 @@ frozen features, its spread over seeds, and speed.  Flags of [optim], such as --
 pretraining's.
 
 Interrupt it at any time: what is done is skipped when it is started again.  To choose settings, add
-`--evaluate-on validation --reproduce.first-draw 1000`: labelled images outside draws that no
-table reports take the place of the test images.
+`--evaluate-on validation --reproduce.first-draw 1000`: accuracy is then measured on labelled train
+images outside the draws from 1000 on, which no table reports.
 """
 
 import dataclasses

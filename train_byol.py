@@ -4,7 +4,7 @@
     torchrun train_byol.py --gpus 4 --dataset stl10 --download
     python train_byol.py --dataset folder --data-root my_images --out runs/mine
 
-The same script trains every method of variants/, see there.
+`python -m variants.NAME` trains another method by the same code.
 """
 
 import shlex

@@ -3,8 +3,9 @@
 The settings of a command are a subclass of `Config`.  A field that is a dataclass itself is a table
 of recipes; the others are flags of that command alone.  Keys of the tables in `PLAIN` are plain
 flags (`--lr`), those of other tables are dotted (`--view1.blur-p`, `--byol.base-tau`).  A value
-comes from, in rising precedence: the dataclass's default, the method's defaults, the run of
---ckpt, the recipe's shared tables, the recipe's table of the method, the command line.
+comes from, in rising precedence: the dataclass's default, the method's defaults, the run of --ckpt,
+the recipe's shared tables, its table of the method, the command line.  Without --recipe, the recipe
+of the run of --ckpt is read, which ranks below that run.
 """
 
 import argparse

@@ -61,7 +61,7 @@ class Job:
 
 
 def train_all(config: Config, job: Job) -> dict:
-    """The one run that is asked for; with --folds ten of them, with --sweep a grid before each."""
+    """Train one run, or one for each fold with --folds; --sweep tries a grid before each."""
     out, run = Path(config.run.out), config.run
     if result := finished(out, config):
         say(job.processes, f"{out} is complete; nothing to do")

@@ -1,4 +1,4 @@
-"""From --ckpt to a frozen encoder, its features, a classifier; images of users; command lines."""
+"""Loads a frozen encoder or a classifier from --ckpt, and images of users."""
 
 import sys
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def load(ckpt: str | Path, device: str = "cpu") -> tuple[nn.Module, EvalTransfor
         features = encoder(transform(image))  # (1, D)
 
     `image` is a PIL image, or uint8 (3, H, W) or (B, 3, H, W) as its data set stores them.
-    Weights that say nothing of themselves are taken for torchvision's of ImageNet.
+    Files without metadata are taken for torchvision's weights of ImageNet.
     """
     weights, source = read_weights(ckpt), f"--ckpt {ckpt}"
     config = EncoderConfig(**tables_of(weights)[0]["encoder"])

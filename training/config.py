@@ -9,7 +9,7 @@ from core.options import option, running
 class RunConfig:
     """[run]: where and how it runs; little of it changes the result."""
 
-    # no options here: commands that can rename a folder away, or go on, have options instead
+    # no options here; commands that have --overwrite or --resume make options of them
     overwrite = False
     resume = ""
 

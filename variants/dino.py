@@ -52,9 +52,7 @@ class DINO(Method):
         prototypes: int = option(4096, "scores (paper: 65536)", low=2)
         local_views: int = option(4, "small crops", low=1)
         local_size: int = option(48, "side of the small crops, pixels", low=8)
-        local_area: float = option(
-            0.14, "largest of their areas, smallest of the large", low=0.05, high=1
-        )
+        local_area: float = option(0.14, "largest area of a small crop", low=0.05, high=1)
         teacher_temperature: float = option(0.04, "of the teacher's softmax", low=0.001)
         base_tau: float = option(0.996, "EMA decay of the teacher at first", low=0, high=1)
 
