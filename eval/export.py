@@ -24,6 +24,18 @@ from training.weights import read_weights
 TOLERANCE = 1e-4  # of the largest feature
 
 
+class Normalize(nn.Module):
+    """(images - mean) / std; torch.export refuses torchvision's."""
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
 def to_safetensors(file: Path, network: nn.Module, meta: dict[str, str], images: Tensor) -> Tensor:
     """Write the encoder; returns the features of `images` with the weights read from the file."""
     from safetensors.torch import load_file, save_file  # an optional extra
@@ -55,9 +67,7 @@ def run(args) -> dict:
     """Write and verify; returns the largest difference, as a part of the largest feature."""
     out = new_file(args.out or f"encoder.{args.format}")
     encoder, transform = load(args.ckpt)
-    normalize = nn.BatchNorm2d(3, eps=0, affine=False)  # torchvision's can't be exported
-    normalize.running_mean = torch.tensor(transform.mean)
-    normalize.running_var = torch.tensor(transform.std).square()
+    normalize = Normalize(transform.mean, transform.std)
     network = nn.Sequential(normalize, encoder).eval().to(memory_format=torch.contiguous_format)
     size = transform.crop or transform.stored
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
