@@ -5,6 +5,7 @@ where that can't be written to), and again when a file comes, goes or changes.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,9 @@ from data.datasets import DataConfig, Dataset
 from data.decode import OURS, decode_all
 from data.images import Images
 from data.listing import Listing, list_images
+
+# (root, size) -> pack, for the `load` that follows: listing a large folder takes seconds
+_prepared: dict[tuple[Path, int], Path] = {}
 
 
 def prepare(root: Path, data: DataConfig) -> Path:
@@ -43,16 +47,20 @@ def prepare(root: Path, data: DataConfig) -> Path:
         if data.strict:
             raise UserError(f"--strict: {text}; replace or remove them")
         warn_once(f"{text}: left out; --strict refuses them")
+    _prepared[root.absolute(), data.store_size] = pack
     return pack
 
 
 def load(root: Path, data: DataConfig) -> Dataset:
-    """Map the pack of the images."""
-    pack = prepare(root, data)
+    """Map the pack that `prepare` has just found or made; without one, that of the images now."""
+    key = root.absolute(), data.store_size
+    pack = _prepared.get(key) or prepare(root, data)
+    del _prepared[key]
     files = _manifest(pack)["files"]
     parts = dict.fromkeys(("train", "train_labels", "unlabelled", "test", "test_labels"))
-    parts["files"] = {split: sum(by_class.values(), []) for split, by_class in files.items()}
+    parts["files"] = {}
     for split, by_class in files.items():
+        parts["files"][split] = list(itertools.chain.from_iterable(by_class.values()))
         counts = [len(names) for names in by_class.values()]
         shape = (sum(counts), 3, data.store_size, data.store_size)
         parts[split] = Images([np.memmap(pack / f"{split}.bin", np.uint8, "r", shape=shape)])

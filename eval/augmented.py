@@ -43,6 +43,27 @@ def fit_augmented(
     return Classifier(zero, zero + 1, layer, f"rate {rates[0]:g} per 256", trials)
 
 
+def crops_of(
+    frozen: FrozenEncoder, labelled: Labelled, config: AugmentedConfig, crop_size: int, seed: int
+) -> Loader:
+    """Random crops and flips of labelled images, normalized as the encoder's inputs."""
+    p, transform = frozen.processes, frozen.transform
+    size = min(config.batch_size, len(labelled))
+    return Loader(
+        images=labelled.images,
+        labels=labelled.labels,
+        views=(ViewConfig.supervised(config.area, shift=0, flip_p=0.5),),
+        crop_size=crop_size,
+        batch_size=size - size % p.world_size,
+        mean=transform.mean,
+        std=transform.std,
+        seed=seed,
+        device=p.device,
+        rank=p.rank,
+        world_size=p.world_size,
+    )
+
+
 def train_layers(
     frozen: FrozenEncoder,
     labelled: Labelled,
@@ -52,12 +73,8 @@ def train_layers(
     seed: int,
 ) -> list[nn.Linear]:
     """One linear layer for each rate, trained side by side on the same forward passes."""
-    p, encoder, transform = frozen.processes, frozen.encoder.eval(), frozen.transform
-    size = min(config.batch_size, len(labelled))
-    size -= size % p.world_size
-    crops = (ViewConfig.supervised(config.area, shift=0, flip_p=0.5),)
-    data = labelled.images, labelled.labels, crops, crop_size, size, transform.mean, transform.std
-    loader = Loader(*data, seed, device=p.device, rank=p.rank, world_size=p.world_size)
+    p, encoder = frozen.processes, frozen.encoder.eval()
+    loader = crops_of(frozen, labelled, config, crop_size, seed)
     classes, width = len(labelled.class_names), encoder.feature_size
     layers = nn.ModuleList(nn.Linear(width, classes) for _ in rates).to(p.device)
     for parameter in layers.parameters():
@@ -67,7 +84,7 @@ def train_layers(
     total = config.epochs * loader.steps_per_epoch
     for k in range(total):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = learning_rate(peak_rate("sgd", rate, size), k, 0, total)
+            group["lr"] = learning_rate(peak_rate("sgd", rate, loader.batch_size), k, 0, total)
         ((views, labels),) = loader.batches(k)
         with torch.no_grad():
             features = all_gather(encoder(*views).float())

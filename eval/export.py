@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.errors import RunError, UserError
 from core.files import new_file
-from eval.trained import command, load, parser
+from eval.trained import command, from_weights, parser
 from training.weights import read_weights
 
 TOLERANCE = 1e-4  # of the largest feature
@@ -66,13 +66,14 @@ FORMATS = {"safetensors": to_safetensors, "onnx": to_onnx}
 def run(args) -> dict:
     """Write and verify; returns the largest difference, as a part of the largest feature."""
     out = new_file(args.out or f"encoder.{args.format}")
-    encoder, transform = load(args.ckpt)
+    weights = read_weights(args.ckpt)
+    encoder, transform = from_weights(weights, f"--ckpt {args.ckpt}", "cpu")
     normalize = Normalize(transform.mean, transform.std)
     network = nn.Sequential(normalize, encoder).eval().to(memory_format=torch.contiguous_format)
     size = transform.crop or transform.stored
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     expected = network(images)
-    meta = read_weights(args.ckpt).meta | {"mean": transform.mean, "std": transform.std}
+    meta = weights.meta | {"mean": transform.mean, "std": transform.std}
     meta = {k: json.dumps(v) for k, v in meta.items()}
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # `out` is always a verified file
         file = Path(folder, out.name)

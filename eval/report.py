@@ -21,6 +21,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch.nn.functional import normalize
 
+from core.device import pick_device
 from core.errors import UserError, one_line_errors
 from core.files import new_file, read_json, write_atomically
 from core.options import Parser
@@ -29,7 +30,8 @@ from data.labelled import evaluation
 from eval.classifiers import fit_linear
 from eval.pictures import accuracy_figure, confusion_figure, curves_figure, map_figure, save
 from eval.table import Cells
-from eval.trained import load_frozen, tables_of
+from eval.trained import FrozenEncoder, from_weights, inherited_tables
+from training.distributed import Processes
 from training.run_folder import read_metrics
 from training.weights import read_weights
 
@@ -70,11 +72,12 @@ class Features:
     """
 
     def __init__(self, run: Path, labels: int, evaluate_on: str = "test", draw: int = 0) -> None:
-        shared, recipe = tables_of(read_weights(run))
+        weights, device = read_weights(run), torch.device(pick_device("auto"))
+        shared, recipe = inherited_tables(weights)
         chosen = dict(labels=labels, evaluate_on=evaluate_on, draw=draw)
         config = datasets.LabelledData(**shared["data"], **chosen)
         split = evaluation(datasets.load(config), config)
-        frozen = load_frozen(run, "auto")
+        frozen = FrozenEncoder(*from_weights(weights, str(run), "cpu"), Processes(0, 1, device))
         self.train, self.test, self.names = split.train, split.test, split.test.class_names
         self.known, self.features = frozen(self.train.images), frozen(self.test.images)
         strength = recipe.get("linear", {}).get("strength", 0.0)

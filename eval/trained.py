@@ -35,8 +35,12 @@ def load(ckpt: str | Path, device: str = "cpu") -> tuple[nn.Module, EvalTransfor
     `image` is a PIL image, or uint8 (3, H, W) or (B, 3, H, W) as its data set stores them.
     Files without metadata are taken for torchvision's weights of ImageNet.
     """
-    weights, source = read_weights(ckpt), f"--ckpt {ckpt}"
-    config = EncoderConfig(**tables_of(weights)[0]["encoder"])
+    return from_weights(read_weights(ckpt), f"--ckpt {ckpt}", device)
+
+
+def from_weights(weights: Weights, source: str, device: str) -> tuple[nn.Module, EvalTransform]:
+    """`load` of a file that was read already; `source` names it in errors."""
+    config = EncoderConfig(**inherited_tables(weights)[0]["encoder"])
     if config.arch not in ENCODERS:
         raise UserError(f"{source}: made with --arch {config.arch}, which this code does not have")
     encoder = weights.encoder(config, source).eval().requires_grad_(False)
@@ -171,7 +175,7 @@ def ckpt_config(config_class: type[CkptConfig], typed: dict) -> CkptConfig:
     if not typed.get("ckpt"):
         raise UserError("--ckpt is missing: name a run folder, or a file of weights")
     weights = read_weights(typed["ckpt"])
-    run, recipe = tables_of(weights)
+    run, recipe = inherited_tables(weights)
     config = make_config(config_class, typed, run=run, recipe=recipe)
     config.weights = weights
     init = weights.meta.get("init", EncoderConfig.init)
@@ -191,18 +195,18 @@ def from_config(config: CkptConfig, images: Images) -> tuple[nn.Module, EvalTran
     return encoder, EvalTransform.of(config.data, images.shape, *normalization)
 
 
-def tables_of(weights: Weights) -> tuple[dict, dict]:
+def inherited_tables(weights: Weights) -> tuple[dict, dict]:
     """For an evaluation: the run's data and the encoder's shape; its recipe's tables.
 
     What the recipe says of the run's own folder, and of going on, is left out.
     """
-    data, keep = weights.config.get("data", {}), options_of(datasets.DataConfig).keys()
-    data = {name: data[name] for name in keep & data.keys() - {"download"}}
+    data, options = weights.config.get("data", {}), options_of(datasets.DataConfig).keys()
+    data = {name: data[name] for name in options & data.keys() - {"download"}}
     shape = {name: weights.meta[name] for name in options_of(ShapeConfig) if name in weights.meta}
     recipe = dict(weights.config.get("recipe", {}))
     if "run" in recipe:
-        keep = options_of(LoopRun).keys() - {"out"} | {"seed"}
-        recipe["run"] = {k: v for k, v in recipe["run"].items() if k in keep}
+        shared = options_of(LoopRun).keys() - {"out"} | {"seed"}
+        recipe["run"] = {k: v for k, v in recipe["run"].items() if k in shared}
     return {"data": data, "encoder": shape}, recipe
 
 

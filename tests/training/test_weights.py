@@ -22,7 +22,7 @@ import reproduce
 import train_baseline
 import train_byol
 from core.errors import UserError
-from eval.trained import tables_of
+from eval.trained import inherited_tables
 from training.encoder import ENCODERS, Encoder, EncoderConfig, initialize, save_encoder
 from training.weights import TORCHVISION, read_weights
 
@@ -71,7 +71,7 @@ def test_everything_that_a_run_leaves_loads_equal(run, tmp_path):
         assert same(loaded_from(path), trained), path
         weights = read_weights(path)
         assert weights.folder == run
-        shared, recipe_tables = tables_of(weights)
+        shared, recipe_tables = inherited_tables(weights)
         assert recipe_tables["finetune"]["steps"] == 5
         shape = {"arch": "resnet18", "stem": "small", "width": 0.125}
         assert shared["encoder"] == shape
