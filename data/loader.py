@@ -131,9 +131,12 @@ class Loader:
 
         part   where these images are among those that `drawn` is for
         """
-        normalized = []
-        for view, numbers in zip(self.views, drawn, strict=True):
-            numbers = {name: values[part] for name, values in numbers.items()}
-            x = apply(pixels, view, numbers, view.size or self.crop_size, self.dtype)
-            normalized.append(normalize(x, self._mean, self._std))
-        return tuple(normalized)
+        sizes, made = [view.size or self.crop_size for view in self.views], {}
+        for size in dict.fromkeys(sizes):  # views of one size are made together
+            of_size = [n for n, other in enumerate(sizes) if other == size]
+            numbers = {
+                name: np.concatenate([drawn[n][name][part] for n in of_size]) for name in drawn[0]
+            }
+            x = normalize(apply(pixels, numbers, size, self.dtype), self._mean, self._std)
+            made |= zip(of_size, x.chunk(len(of_size)), strict=True)
+        return tuple(made[n] for n in range(len(sizes)))

@@ -61,7 +61,7 @@ def run(config) -> dict:
         view = getattr(config, name)
         for _ in range(DRAWS):
             drawn = draw(view, len(pixels), *images.shape, rng)
-            columns.append(apply(pixels, view, drawn, view.size or config.data.crop_size))
+            columns.append(apply(pixels, drawn, view.size or config.data.crop_size))
             names.append(name)
     save_png(mosaic(list(zip(*columns, strict=True)), names), config.out)
     if not config.quiet:

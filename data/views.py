@@ -4,7 +4,6 @@
 Each operation gives what torchvision.transforms.v2.functional gives on float images.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from core.options import option
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 # HSV to RGB without cases: high - spread clamp(2 - |h - 3|) for red, clamp(|h - 2| - 1) for green,
 # clamp(|h - 4| - 1) for blue, h in sixths of the circle.  Rows: center, sign, offset
-HUE = np.array([[3.0, 2.0, 4.0], [-1.0, 1.0, 1.0], [2.0, -1.0, -1.0]])
+HSV_TO_RGB = np.array([[3.0, 2.0, 4.0], [-1.0, 1.0, 1.0], [2.0, -1.0, -1.0]])
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # in the order of a jitter
 
 
 @dataclass
@@ -94,39 +94,76 @@ def draw(view: ViewConfig, count: int, height: int, width: int, rng: np.random.G
     return drawn
 
 
-def apply(images: Tensor, view: ViewConfig, drawn: dict, size: int, dtype=torch.float32) -> Tensor:
-    """The views of uint8 images (B, 3, H, W) by what `draw` drew: (B, 3, size, size) in 0..1."""
-    height, width = images.shape[2:]
-    t = {k: to_device(v, images.device) for k, v in drawn.items()}
-    t |= {k: v.to(dtype)[:, None, None, None] for k, v in t.items() if v.is_floating_point()}
-    rows = resize_matrix(t["top"], t["h"], height, size, dtype, view.shift)
-    columns = resize_matrix(t["left"], t["w"], width, size, dtype, view.shift, t["flip"])
-    # memory in the order (B, H, 3, W): both products are then plain ones
-    x = images.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format) / 255
-    x = separable(x, rows, columns).clamp_(0, 1)
-    color_jitter(x, view, drawn, t)
-    change(x, drawn["grey"], luma)
-    change(x, drawn["blur"], blur, t["sigma"])
-    change(x, drawn["solarize"], solarize)
-    return x
+def apply(images: Tensor, drawn: dict, size: int, dtype=torch.float32) -> Tensor:
+    """Views of uint8 images (B, 3, H, W) by what `draw` drew: (N, 3, size, size) in 0..1.
 
-
-def change(x: Tensor, chosen: np.ndarray, operation: Callable, *parameters: Tensor) -> None:
-    """Replace the chosen images of x by operation(images, their parameters), in place.
-
-    chosen   (B,) booleans on the CPU: a GPU would have to be waited for to know how many
+    drawn   numbers of N = V * B views: those at n are for a view of image n % B
     """
-    indices = np.flatnonzero(chosen)
-    if len(indices) == 0:
-        return
-    where = slice(None) if len(indices) == len(x) else to_device(indices, x.device)
-    x[where] = operation(x[where], *(values[where] for values in parameters))
+    # Images are sorted by the place of the hue in their jitter, see color_jitter.
+    hue_place = np.where(drawn["jitter"], (drawn["order"] == HUE).argmax(1), -1)
+    sorting = np.argsort(-hue_place, kind="stable")
+    drawn = {name: values[sorting] for name, values in drawn.items()}
+    chosen = {name: np.flatnonzero(drawn[name]) for name in ("grey", "blur", "solarize")}
+    numbers = {
+        "image": sorting % len(images),
+        "back": np.argsort(sorting),
+        "start": np.concatenate([drawn["top"], drawn["left"]]),
+        "length": np.concatenate([drawn["h"], drawn["w"]]),
+        "flip": np.concatenate([np.zeros(len(sorting)), drawn["flip"]]),
+        "blend": blend_factors(drawn),
+        "hue": drawn["hue"],
+        "sigma": drawn["sigma"][chosen["blur"]],
+        "hsv_to_rgb": HSV_TO_RGB,
+    }
+    t = send(numbers | chosen, images.device, dtype)
+    # memory in the order (N, H, 3, W): both products of the crop are then plain ones
+    x = images.index_select(0, t["image"].long()).transpose(1, 2)
+    x = x.to(dtype, memory_format=torch.contiguous_format)
+    x = crop(x, t["start"], t["length"], t["flip"], size, border(drawn, *images.shape[2:]))
+    color_jitter(x, hue_place[sorting], t, drawn["hue"].any())
+    change(x, t["grey"], luma)
+    change(x, t["blur"], blur, t["sigma"])
+    change(x, t["solarize"], solarize)
+    return x.index_select(0, t["back"].long())
+
+
+def send(arrays: dict[str, np.ndarray], device: torch.device, dtype) -> dict[str, Tensor]:
+    """The arrays as tensors of `dtype`, by one copy; integers stay exact below 2^24."""
+    packed = np.concatenate([values.ravel() for values in arrays.values()])
+    packed = packed.astype(np.float64 if dtype == torch.float64 else np.float32)
+    parts = to_device(packed, device).split([values.size for values in arrays.values()])
+    shapes = zip(arrays.items(), parts, strict=True)
+    return {name: part.view(values.shape) for (name, values), part in shapes}
+
+
+def change(x: Tensor, chosen: Tensor, operation: Callable, *parameters: Tensor) -> None:
+    """Replace the images at the indices `chosen` by operation(images, *parameters), in place."""
+    if len(chosen):
+        where = chosen.long() if len(chosen) < len(x) else slice(None)
+        x[where] = operation(x[where], *parameters)
 
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x - mean) / std for each channel, in place, in channels-last memory."""
     x = x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def border(drawn: dict, height: int, width: int) -> int:
+    """How many pixels beyond the image the furthest crop reaches."""
+    bottom, right = drawn["top"] + drawn["h"] - height, drawn["left"] + drawn["w"] - width
+    return max(0, *(int(x.max()) for x in (-drawn["top"], -drawn["left"], bottom, right)))
+
+
+def crop(x: Tensor, start, length, flip, size: int, border: int) -> Tensor:
+    """Crop, resize and mirror: (N, H, 3, W) in 0..255 -> (N, 3, size, size) in 0..1.
+
+    start, length, flip   of the rows, then of the columns, (2 N,) each; see `resize_matrix`
+    """
+    n, height, _, width = x.shape
+    matrix = resize_matrix(start, length, flip, max(height, width), size, border)
+    rows, columns = matrix[:n, :, :height], matrix[n:, :, :width]
+    return separable(x, rows / 255, columns).clamp_(0, 1)
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -137,34 +174,31 @@ def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return x.view(batch, x.shape[1], channels, -1).transpose(1, 2)
 
 
-def resize_matrix(
-    start: Tensor, length: Tensor, full: int, size: int, dtype, border: int = 0, flip=None
-) -> Tensor:
+def resize_matrix(start, length, flip, full: int, size: int, border: int = 0) -> Tensor:
     """Crop and antialiased bicubic resize along one axis, a (size, full) matrix for each image.
 
     Keys' cubic with a = -0.5; the window is cut at the crop's edge and its weights normalized, as
     in torchvision's float `resized_crop(..., BICUBIC, antialias=True)`.  The crop may reach
-    `border` pixels beyond the image, where it is zero.  Where `flip`, the result is mirrored.
+    `border` pixels beyond the image, where it is zero.  Where `flip` is 1, the result is mirrored.
     """
     if border:
-        padded = resize_matrix(start + border, length, full + 2 * border, size, dtype, 0, flip)
-        return padded[:, :, border : border + full].contiguous()
-    start, length = start[:, None, None], length[:, None, None]
-    scale = length.to(dtype) / size
+        padded = resize_matrix(start + border, length, flip, full + 2 * border, size)
+        return padded[:, :, border : border + full]
+    start, length, flip = (x[:, None, None] for x in (start, length, flip))
+    like = dict(device=start.device, dtype=start.dtype)
+    scale = length / size
     stretch = scale.clamp(min=1)
-    i = torch.arange(size, device=start.device, dtype=dtype)[None, :, None]
-    if flip is not None:
-        i = torch.where(flip[:, None, None], size - 1 - i, i)
+    i = torch.arange(size, **like)[None, :, None]
+    i = (i - (size - 1) * flip).abs()
     center = scale * (i + 0.5)
     low = (center - 2 * stretch + 0.5).floor().clamp(min=0)
     high = torch.minimum((center + 2 * stretch + 0.5).floor(), length)
     # the few pixels that count, at most so many for crops of any length
-    taps = torch.arange(math.ceil(4 * max(1, full / size)) + 1, device=start.device, dtype=dtype)
-    j = low + taps
+    j = low + torch.arange(math.ceil(4 * max(1, full / size)) + 1, **like)
     weight = cubic((j - center + 0.5) / stretch) * (j < high)
     weight = weight / weight.sum(2, keepdim=True)
-    pixel = (j.long() + start).clamp_(max=full - 1)
-    matrix = torch.zeros(len(start), size, full, dtype=dtype, device=start.device)
+    pixel = (j + start).long().clamp_(max=full - 1)
+    matrix = torch.zeros(len(start), size, full, **like)
     return matrix.scatter_add_(2, pixel, weight)
 
 
@@ -180,7 +214,7 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of square images, reflected at the border; its window is a tenth of a side."""
     size, taps = x.shape[3], 2 * (x.shape[3] // 20) + 1
     offsets = torch.arange(taps, device=x.device) - taps // 2
-    kernel = torch.exp(-0.5 * (offsets.to(x.dtype) / sigma[:, 0, 0]) ** 2)
+    kernel = torch.exp(-0.5 * (offsets.to(x.dtype) / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
     source = torch.arange(size, device=x.device)[:, None] + offsets
     source = source.abs()  # reflect on the left, then on the right
@@ -191,48 +225,60 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     return separable(x.transpose(1, 2), matrix, matrix)
 
 
-def color_jitter(x: Tensor, view: ViewConfig, drawn: dict, t: dict[str, Tensor]) -> None:
+def blend_factors(drawn: dict) -> np.ndarray:
+    """What `blend` needs at each place in an image's order of color operations: (4, 3, N)."""
+    names, order = ("brightness", "contrast", "saturation"), drawn["order"].T
+    by_operation = np.stack([*(drawn[name] for name in names), np.ones(order.shape[1])])
+    factor = np.take_along_axis(by_operation, order, 0)
+    rest = 1 - factor
+    return np.stack([factor, rest * (order == SATURATION), rest * (order == CONTRAST)], 1)
+
+
+def color_jitter(x: Tensor, hue_place: np.ndarray, t: dict[str, Tensor], turn: bool) -> None:
     """Brightness, contrast, saturation and hue in each image's own order, in place.
 
-    First all images that begin with brightness, then all that begin with contrast, ...
+    The hues of all images are turned at once.  What comes before the hue in an image's order is
+    done before that, the rest after it.
+
+    hue_place   (N,) 0..3, falling, so that each of these works on a slice; -1: no jitter
+    turn        whether any hue changes
     """
-    operations = (brightness, contrast, saturation, hue)
-    for place, (number, operation) in itertools.product(range(4), enumerate(operations)):
-        name = operation.__name__
-        if getattr(view, name):
-            chosen = drawn["jitter"] & (drawn["order"][:, place] == number)
-            change(x, chosen, operation, t[name])
+    jittered = int((hue_place >= 0).sum())
+    for k in range(3):
+        early = int((hue_place > k).sum())
+        blend(x[:early], t["blend"][k, :, :early])
+    if turn and jittered:
+        hue(x[:jittered], t["hue"][:jittered], t["hsv_to_rgb"])
+    for k in range(1, 4):
+        late = slice(int((hue_place >= k).sum()), jittered)
+        blend(x[late], t["blend"][k, :, late])
 
 
-def brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """x times factor."""
-    return (x * factor).clamp_(0, 1)
+def blend(x: Tensor, factors: Tensor) -> None:
+    """f x + s luma + c mean luma, clipped, in place; `factors` (3, N) has f, s, c of each image.
+
+    Brightness has (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0).
+    """
+    if len(x):
+        f, s, c = factors[:, :, None, None, None]
+        gray = luma(x)
+        mean = gray.mean(dim=(1, 2, 3), keepdim=True)
+        gray.mul_(s).add_(mean.mul_(c))
+        torch.addcmul(gray, x, f, out=x).clamp_(0, 1)
 
 
-def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean luma of the image."""
-    mean = luma(x).mean(dim=(1, 2, 3), keepdim=True)
-    return (x * factor).add_((1 - factor) * mean).clamp_(0, 1)
-
-
-def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the luma of each pixel."""
-    return (x * factor).add_(luma(x).mul_(1 - factor)).clamp_(0, 1)
-
-
-def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by `shift` of a full circle (-0.5..0.5)."""
+def hue(x: Tensor, shift: Tensor, hsv_to_rgb: Tensor) -> None:
+    """Turn the hue of HSV by `shift` (N,) of a full circle (-0.5..0.5), in place."""
     r, g, b = x.split(1, dim=1)
     high = torch.maximum(torch.maximum(r, g), b)
     spread = high - torch.minimum(torch.minimum(r, g), b)
-    is_r, is_g = r == high, g == high
-    # in sixths of the circle; where there is no color the numerator is 0
-    h = torch.where(is_r, g - b, torch.where(is_g, b - r, r - g)).div_(spread.clamp(min=1e-12))
-    h += torch.where(is_r, 0.0, torch.where(is_g, 2.0, 4.0)).to(x.dtype)
-    h = torch.remainder(h.add_(6 * shift), 6)
-    center, sign, offset = to_device(HUE, x.device).to(x.dtype).view(3, 1, 3, 1, 1)
+    # times `spread`, in sixths of the circle; where there is no color it is 0
+    h = torch.where(g == high, (b - r).add_(spread, alpha=2), (r - g).add_(spread, alpha=4))
+    h = torch.where(r == high, g - b, h).div_(spread.clamp(min=1e-12))
+    h = torch.remainder(h.add_(6 * shift[:, None, None, None]), 6)
+    center, sign, offset = hsv_to_rgb[:, :, None, None]
     share = (h - center).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-    return (high - share.mul_(spread)).clamp_(0, 1)
+    torch.sub(high, share.mul_(spread), out=x).clamp_(0, 1)
 
 
 def luma(x: Tensor) -> Tensor:

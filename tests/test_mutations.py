@@ -144,10 +144,10 @@ MUTATIONS = {
         f"{VIEWS} {LOADER} -k normalize"),
     "gray before the colors": (
         "data/views.py",
-        "    color_jitter(x, view, drawn, t)\n"
-        '    change(x, drawn["grey"], luma)\n',
-        '    change(x, drawn["grey"], luma)\n'
-        "    color_jitter(x, view, drawn, t)\n", f"{GOLDEN}"),
+        '    color_jitter(x, hue_place[sorting], t, drawn["hue"].any())\n'
+        '    change(x, t["grey"], luma)\n',
+        '    change(x, t["grey"], luma)\n'
+        '    color_jitter(x, hue_place[sorting], t, drawn["hue"].any())\n', f"{GOLDEN}"),
     "one crop for the whole batch": (
         "data/views.py", "rng.uniform(*view.area, count)", "rng.uniform(*view.area)",
         f"{VIEWS} -k gets_its_own"),
@@ -167,6 +167,11 @@ MUTATIONS = {
         f"{VIEWS} -k torchvision"),
     "torch's bicubic, a = -.75": (
         "data/views.py", "a: float = -0.5", "a: float = -0.75", f"{VIEWS} -k torchvision"),
+    "colors after the hue before it": (
+        "data/views.py", "for k in range(1, 4):", "for k in range(3):", f"{VIEWS} -k torchvision"),
+    "contrast by the luma of each pixel": (
+        "data/views.py", "rest * (order == CONTRAST)]", "rest * (order == SATURATION)]",
+        f"{VIEWS} -k torchvision"),
     "colours in a fixed order": (
         "data/views.py", "rng.permuted(np.tile(np.arange(4), (count, 1)), axis=1)",
         "np.tile(np.arange(4), (count, 1))", f"{VIEWS} -k orders"),

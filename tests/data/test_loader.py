@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.launches import Launches, count_launches
 from core.errors import UserError
 from data.images import Images
 from data.loader import Loader, generator
@@ -159,3 +160,23 @@ UNSHARED = [(15, 2, 1), (16, 3, 1), (16, 1, 3), (2, 2, 1), (4, 2, 2), (1, 1, 1)]
 def test_D8_a_batch_that_cannot_be_shared_out_is_refused(batch, world_size, accumulate):
     with pytest.raises(UserError, match=f"--batch-size {batch}.*{world_size} processes"):
         loader(batch_size=batch, world_size=world_size, accumulate=accumulate)
+
+
+# Launches on a GPU: eager PyTorch takes about 5 microseconds for each
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_views_start_few_kernels_and_few_copies(accumulate):
+    images = Images([np.zeros((512, 3, 96, 96), np.uint8)])
+
+    def step():
+        of_gpu = loader(images, crop_size=96, batch_size=256, accumulate=accumulate,
+                        labels=np.arange(512), device=torch.device("cuda"))  # fmt: skip
+        launches.copies = 0  # of mean and std, once a run
+        list(of_gpu.batches(0))
+
+    launches = Launches()
+    count_launches(step, launches)
+    assert 100 * accumulate < sum(launches.kernels.values()) <= 180 * accumulate
+    assert launches.copies == 3 * accumulate  # pixels, numbers, labels
+    assert not launches.foreach
