@@ -1,4 +1,4 @@
-"""Kills, signals and bad input, for every script.  Names: the cases of docs/reliability.md.
+"""Kills, signals and bad input, for every script.  Names: the cases of tests/cases.md.
 
 Those marked `faults` run with `make test-faults`.
 """
@@ -753,7 +753,7 @@ def test_L5_L6_two_launches_at_once_and_a_path_with_spaces(two, tmp_path, launch
     assert metrics(outs[0]) == metrics(outs[1])
 
 
-# The document
+# The list of cases
 
 
 REQUIRED = [*(f"C{k}" for k in range(1, 14)), "C15", *(f"R{k}" for k in range(1, 20)),
@@ -763,10 +763,9 @@ REQUIRED = [*(f"C{k}" for k in range(1, 14)), "C15", *(f"R{k}" for k in range(1,
 CASE = re.compile(r"[CRSLDNA]\d+")
 
 
-def test_each_case_is_in_the_document_and_has_a_test_of_its_name():
-    rows = [
-        line for line in (ROOT / "docs/reliability.md").read_text().splitlines() if line[:1] == "|"
-    ]
+def test_each_case_is_in_the_list_and_has_a_test_of_its_name():
+    lines = (ROOT / "tests/cases.md").read_text().splitlines()
+    rows = [line for line in lines if line[:1] == "|"]
     promised = {c for row in rows for c in CASE.findall(row.split("|")[1])}
     code = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py"))
     names = re.findall(r"def test_(\w+)", code)
