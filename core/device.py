@@ -1,4 +1,4 @@
-"""Devices: which one to use, and how data gets there."""
+"""The device to compute on, and copies to it."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 def pick_device(device: str) -> str:
-    """auto -> cuda where there is one, else cpu."""
+    """The device's name; auto is cuda if torch finds a GPU, else cpu."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -25,5 +25,5 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def fits_on(device: torch.device, size: int) -> bool:
-    """Whether `size` bytes take less than half of a GPU's free memory; False for a CPU."""
+    """Whether `size` bytes fit in half of a GPU's free memory; False for a CPU."""
     return device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]

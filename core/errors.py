@@ -1,6 +1,6 @@
-"""What a user gets to see when something goes wrong: one line, and an exit code.
+"""Expected errors: one line for the user, and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal (saved; --resume goes on).
+Exit codes: 0 done, 1 failed, 2 wrong input, 75 saved and stopped by a signal (--resume continues).
 """
 
 import contextlib
@@ -13,10 +13,10 @@ import traceback
 import torch
 
 STOPPED = 75  # exit code (EX_TEMPFAIL)
-BROKEN_PIPE = 141  # exit code that shells give for SIGPIPE
+BROKEN_PIPE = 141  # exit code that shells report for SIGPIPE
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-SILENCE = 2  # seconds, more than a launcher takes to end the other processes of a failed one
-LOST = "lost touch with another process: it has failed, or stood still for --dist-timeout seconds"
+SILENCE = 2  # seconds; after a failure, torchrun ends the other processes sooner
+LOST = "lost touch with another process: it failed, or stalled for --dist-timeout seconds"
 
 
 class UserError(Exception):
@@ -24,11 +24,11 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that can't go on: one line with the reason, where it stands and what to do next."""
+    """A run that can't continue: one line with the reason and what to do next."""
 
 
 class Stopped(Exception):
-    """A run that ends before its last step, saved; `asked`: by a signal, not by --stop-after."""
+    """A run has saved and ends before its last step; `asked`: by a signal, not --stop-after."""
 
     def __init__(self, asked: bool) -> None:
         super().__init__("stopped; go on with --resume")
@@ -41,11 +41,11 @@ def launched() -> bool:
 
 
 def first_process() -> bool:
-    """Whether this is the process that prints; known before there is a process group."""
+    """Whether this is rank 0, which prints; works before the process group exists."""
     return not launched() or os.environ["RANK"] == "0"
 
 
-@functools.cache  # the same text once a process
+@functools.cache  # prints the same text only once
 def warn_once(text: str) -> None:
     """One line on stderr from the first process."""
     if first_process():
@@ -53,14 +53,14 @@ def warn_once(text: str) -> None:
 
 
 def printable(name: str) -> str:
-    """A name from a disk for people and pages: what can't be shown or encoded is escaped."""
+    """A file name for the screen: characters that can't be printed or encoded are escaped."""
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in name)
 
 
 def put(text: str, stream, end: str = "\n") -> None:
-    """Print at once; where that fails, drop this text and all that is printed there later.
+    """Print and flush; if that fails, discard this text and all later output to `stream`.
 
-    A run goes on without its messages: the terminal was closed, the disk is full, nobody reads.
+    A run then survives a closed terminal or pipe and a full disk.
     """
     try:
         print(text, end=end, file=stream, flush=True)
@@ -70,21 +70,21 @@ def put(text: str, stream, end: str = "\n") -> None:
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool = False):
-    """Context in which wrong input and what the machine refuses become one line, not a traceback.
+    """Context that turns expected errors into one line on stderr and an exit code.
 
-    Characters that the terminal lacks are escaped.  Text that can't be written is an error, unless
-    it was printed by `put`.
+    Characters that the terminal can't encode are escaped.  A failing stdout is an error too, except
+    for text printed by `put`.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed before the start, as by >&-
+        if getattr(sys, name) is None:  # closed before the start, as with >&-
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         if hasattr(getattr(sys, name), "reconfigure"):  # not in a notebook
             getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, such as `head`, has read enough
-        put("", sys.stdout, end="")  # or Python fails to write the rest when it ends
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+        put("", sys.stdout, end="")  # discard the rest, which Python could not flush at exit
         raise SystemExit(BROKEN_PIPE) from None
     except Exception as error:
         if not reason_of(error):
@@ -96,12 +96,12 @@ def one_line_errors(debug: bool = False):
 
 
 def tell(error: Exception, rank: int, debug: bool = False) -> None:
-    """Print one line, or the traceback of a mistake in the code.
+    """Print one line for an expected error, the traceback for a bug.
 
-    Errors common to all ranks are printed by rank 0, after which the launcher ends the others; an
-    error on one rank is always printed.
+    Errors common to all ranks are printed by rank 0: the others wait, and the launcher ends them
+    when rank 0 exits.  An error on one rank is always printed.
     """
-    put("", sys.stdout, end="")  # what is still in its buffer
+    put("", sys.stdout, end="")  # flush what was printed before
     reason = reason_of(error)
     if reason.startswith(LOST) or (reason and rank):
         time.sleep(SILENCE)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON, and locks between processes."""
+"""Atomic writes, JSON, and locks between processes."""
 
 import contextlib
 import json
@@ -13,9 +13,9 @@ from core.errors import RunError, UserError, first_process, warn_once
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write all of `data` to `path`, or nothing: a temporary file, flushed, then renamed.
+    """Write `data` to a temporary file, flush it to the disk, and rename it to `path`.
 
-    RunError with the bytes needed and free where it can't be written; the old file stays.
+    RunError with the bytes needed and free if that fails; an old file at `path` is kept.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -31,7 +31,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             f"{path}: {error.strerror} ({len(data):,} bytes needed, {free:,} free); what was "
             "written before is intact: make room, then start again (a training: with --resume)"
         ) from error
-    with contextlib.suppress(OSError):  # Windows opens no folders, some file systems flush none
+    with contextlib.suppress(OSError):  # Windows and some file systems can't flush folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename
@@ -39,25 +39,19 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Temporary files of a killed process."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
 def new_file(path: str | Path, flag: str = "--out") -> Path:
-    """`path`; UserError unless a file can be written there without losing one."""
+    """`path` as a Path; UserError if it exists or its folder can't be written to."""
     path = Path(path)
     if path.exists():
         raise UserError(f"{flag} {path}: exists; name another file")
     folder = path.absolute().parent
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise UserError(f"{flag} {path}: no folder {folder} that can be written to; make it first")
+        raise UserError(f"{flag} {path}: {folder} is not a writable folder; create it first")
     return path
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; UserError where there is none."""
+    """The object in a JSON file; UserError if it holds none or can't be read."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -68,7 +62,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The objects in a file of JSON lines, if there is one; what a crash cut short is left out."""
+    """The objects in a file of JSON lines, without incomplete lines; [] if it does not exist."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -77,25 +71,24 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def write_json(path: Path, value) -> None:
-    """Indented JSON, whole or not at all."""
+    """Write indented JSON atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def open_locked(path: Path, wait: bool = False) -> TextIO | None:
-    """The file `path`, made if missing and locked until it is closed; None if another has the lock.
+    """Open `path`, created if missing, and lock it until it is closed; None if it is locked.
 
-    wait   until the other process gives it back
-    The operating system releases the lock when its holder dies.  Where the file system has no
-    locks, a warning says so and the file is not locked.  What is written begins behind the first
-    byte: Windows locks that one, and lets nobody read it.
+    wait   for the lock instead of returning None
+    The operating system releases the lock when its holder dies.  On a file system without locks,
+    the file is opened unlocked with a warning.  Write from the second byte on: Windows locks the
+    first, which other processes then can't read.
     """
     file = open(path, "a+", encoding="ascii")
     try:
         if lock_descriptor(file.fileno(), blocking=wait):
             return file
     except OSError as error:  # ENOSYS, ENOLCK, EOPNOTSUPP, ...
-        reason = f"the file system has no locks ({error.strerror})"
-        warn_once(f"{reason}: don't start two runs in one folder")
+        warn_once(f"the file system has no locks ({error.strerror}): start only one run per folder")
         return file
     file.close()
     return None
@@ -103,20 +96,20 @@ def open_locked(path: Path, wait: bool = False) -> TextIO | None:
 
 @contextlib.contextmanager
 def locked(path: Path, flag: str = "--data-root"):
-    """Hold the lock on the file `path`, which is made if missing, and stays.
+    """Context that holds the lock on the file `path`, created if missing and never removed.
 
-    UserError that names `flag` where the folder cannot be written to.
+    UserError that names `flag` if the folder can't be written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open_locked(path)
         if file is None:
             if first_process():
-                print(f"waiting for another process that holds {path}")
+                print(f"waiting for another process that has locked {path}")
             file = open_locked(path, wait=True)
     except OSError as error:
         raise UserError(
-            f"{flag}: cannot write {path} ({error.strerror}); choose a folder that is writable"
+            f"{flag}: cannot write {path} ({error.strerror}); choose a writable folder"
         ) from None
     with file:
         yield

@@ -1,11 +1,11 @@
 """Options, recipes and the command line: dataclasses whose fields are TOML keys and flags.
 
-The settings of a command are a subclass of `Config`.  A field that is a dataclass itself is a table
-of recipes; the others are flags of that command alone.  Keys of the tables in `PLAIN` are plain
-flags (`--lr`), those of other tables are dotted (`--view1.blur-p`, `--byol.base-tau`).  A value
-comes from, in rising precedence: the dataclass's default, the method's defaults, the run of --ckpt,
-the recipe's shared tables, its table of the method, the command line.  Without --recipe, the recipe
-of the run of --ckpt is read, which ranks below that run.
+The settings of a command are a subclass of `Config`.  Its fields that are dataclasses are tables of
+a recipe; its other fields are flags of that command only.  Keys of the tables in `PLAIN` are plain
+flags (`--lr`), keys of other tables are dotted flags (`--byol.base-tau`).  A later source overrides
+an earlier one: the dataclass's default, the method's defaults, the run of --ckpt, the recipe's
+shared tables, the recipe's table of the method, the command line.  Without --recipe, the recipe of
+the run of --ckpt is used; that run's settings override it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from core.errors import UserError, warn_once
 
 PLAIN = ("data", "encoder", "optim", "run")
-# A recipe serves all commands: tables of others are ignored, unknown names are an error.
+# All commands read the same recipes: other commands' tables are ignored, unknown ones are errors.
 TABLES = (*PLAIN, *"view1 view2 byol baseline linear mlp augmented finetune reproduce".split())
 VARIANTS = Path(__file__).parent.parent / "variants"
 REMOVED = {
@@ -30,54 +30,50 @@ REMOVED = {
 
 
 def option(default, help: str, *, low=None, high=None, choices=None, trajectory=True, bare=None):
-    """A dataclass field with its help text, its range or choices, and whether it shapes the run.
+    """A dataclass field with a help text, a range or choices, and what a resume needs to know.
 
-    trajectory   whether it changes the weights that a run ends with; a resume compares those
-    bare         the value of the flag alone, without a word behind it
+    trajectory   whether it changes the trained weights; a resume may not change such options
+    bare         value of the flag when it is typed without one, as in `--resume`
     """
-    metadata = dict(help=help, low=low, high=high, choices=choices, trajectory=trajectory)
-    metadata["bare"] = bare
+    meta = dict(help=help, low=low, high=high, choices=choices, trajectory=trajectory, bare=bare)
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
 
 
-# an option that leaves the weights alone
+# an option that does not change the trained weights
 running = functools.partial(option, trajectory=False)
 
 
 @dataclass(kw_only=True)
 class Config:
-    """All settings of one command: its tables and its own flags.
+    """All settings of one command: its tables, and its flags that are in no table.
 
-    recipe_tables   the tables of the recipe, as they stand there
-    typed           what the command line said: {"optim.lr": 0.2, "head": "mlp", ...}
+    recipe_tables   the tables of the recipe, unchanged
+    typed           the values of the command line: {"optim.lr": 0.2, "head": "mlp", ...}
     """
 
-    own: typing.ClassVar[str] = ""  # the method's table; it may set the keys of [optim] as well
-    defaults: typing.ClassVar[dict] = {}  # tables laid over the defaults of the dataclasses
-    ignored: typing.ClassVar[tuple] = ()  # tables of a recipe that are meant for other commands
+    method_table: typing.ClassVar[str] = ""  # its name; the table may also set keys of [optim]
+    defaults: typing.ClassVar[dict] = {}  # tables that override the dataclasses' defaults
+    ignored: typing.ClassVar[tuple] = ()  # tables of a recipe that this command does not read
 
     recipe: str = running("", "TOML file, see recipes/")
     recipe_tables: dict = dataclasses.field(default_factory=dict)
     typed: dict = dataclasses.field(default_factory=dict)
 
 
-@functools.cache  # one class, so that settings can be compared
+@functools.cache  # settings compare equal only if their class is the same
 def with_method(config_class: type[Config], method_class) -> type[Config]:
-    """`config_class` with the method's own table, also found as `.method`, and its defaults."""
+    """A subclass of `config_class` with the method's defaults and its table, also as `.method`."""
     name = method_class.name
+    fields = [(name, method_class.Config)]
     namespace = {
-        "own": name,
+        "method_table": name,
         "defaults": method_class.defaults,
         "method": property(lambda config: getattr(config, name)),
     }
     return dataclasses.make_dataclass(
-        config_class.__name__,
-        [(name, method_class.Config)],
-        bases=(config_class,),
-        namespace=namespace,
-        kw_only=True,
+        config_class.__name__, fields, bases=(config_class,), namespace=namespace, kw_only=True
     )
 
 
@@ -88,7 +84,7 @@ class Option(typing.NamedTuple):
     kind: type
 
     def check(self, value, label: str):
-        """`value` as the field's type, or a UserError that names `label` and the allowed range."""
+        """`value` in the field's type; UserError that names `label` and what is allowed."""
         if typing.get_origin(self.kind) is not list:
             return self._check_scalar(value, self.kind, label)
         if not isinstance(value, list | tuple) or not value:
@@ -98,8 +94,8 @@ class Option(typing.NamedTuple):
 
     def _check_scalar(self, value, kind, label: str):
         choices, low, high = (self.field.metadata[name] for name in ("choices", "low", "high"))
-        right = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        if not right or (isinstance(value, bool) and kind is not bool):
+        fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"{label} = {value!r}: expected {kind.__name__}")
         if choices and value not in choices:
             raise UserError(f"{label} = {value!r}: expected one of {', '.join(choices)}")
@@ -115,7 +111,7 @@ class Option(typing.NamedTuple):
 
 
 def options_of(table: type) -> dict[str, Option]:
-    """The options of a dataclass by name; its tables and what is no option are left out."""
+    """The options of a dataclass by name, without its other fields."""
     hints = typing.get_type_hints(table)
     fields = [field for field in dataclasses.fields(table) if "help" in field.metadata]
     return {field.name: Option(field, hints[field.name]) for field in fields}
@@ -128,16 +124,16 @@ def tables_of(config_class: type[Config]) -> dict[str, type]:
 
 
 def _accepted(name: str, table) -> dict[str, Option]:
-    """The options that a table may hold in a recipe.
+    """The options that a recipe may set in a table.
 
-    Commands share [data], [encoder] and [run], and each takes a class of its own for them: the
-    options of all these classes are accepted, and checked.
+    Commands have different classes for [data], [encoder] and [run], with one base class each; the
+    options of all its subclasses are accepted and checked.
     """
     if name not in PLAIN:
         return options_of(type(table))
     root = [kind for kind in type(table).__mro__ if dataclasses.is_dataclass(kind)][-1]
     family, accepted = [root], {}
-    for kind in family:  # grows as it goes
+    for kind in family:  # grows in the loop
         family += kind.__subclasses__()
         accepted |= options_of(kind)
     return accepted
@@ -153,7 +149,7 @@ def flag_of(key: str) -> str:
 def read_recipe(path: str | Path, known: typing.Iterable[str] = ()) -> dict:
     """The tables of a recipe file.
 
-    UserError where it is missing, is not TOML, or has a table that is neither in `known` nor that
+    UserError if it can't be read, is not TOML, or has a table that is neither in `known` nor that
     of another command or of a file in variants/.
     """
     path = Path(path)
@@ -170,7 +166,6 @@ def read_recipe(path: str | Path, known: typing.Iterable[str] = ()) -> dict:
 
 
 def _hint(name: str, known) -> str:
-    """What to do about an unknown name."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
 
@@ -180,41 +175,41 @@ def make_config(
 ) -> Config:
     """The settings of a command.
 
-    typed    what the command line says, by key; see `parse`
+    typed    values of the command line, see `parse`
     run      tables of the run of --ckpt
-    recipe   tables of the recipe of --ckpt, which hold where --recipe names no other one
-    Raises UserError for anything unknown or out of range.
+    recipe   tables of that run's recipe, used if `typed` has no recipe
+    UserError for unknown names and for values out of range.
     """
     tables = {name: table() for name, table in tables_of(config_class).items()}
     if unknown := [name for name in config_class.defaults if name not in tables]:
         raise UserError(f"defaults: unknown table {unknown[0]}" + _hint(unknown[0], tables))
-    _lay(tables, config_class.own, config_class.defaults, "defaults")
-    recipe = recipe or {}
-    layers = [("the recipe of --ckpt", recipe), ("the run of --ckpt", run or {})]
+    _override(tables, config_class.method_table, config_class.defaults, "defaults")
+    run, recipe = run or {}, recipe or {}
+    sources = [("the recipe of --ckpt", recipe), ("the run of --ckpt", run)]
     if file := typed.get("recipe"):
         recipe = read_recipe(file, tables)
-        layers = [layers[1], (f"--recipe {file}", recipe)]
-    for source, values in layers:
+        sources = [("the run of --ckpt", run), (f"--recipe {file}", recipe)]
+    for source, values in sources:
         kept = {name: table for name, table in values.items() if name not in config_class.ignored}
-        _lay(tables, config_class.own, kept, source)
+        _override(tables, config_class.method_table, kept, source)
     flags = {}
     for key, value in typed.items():
-        name, _, option = key.rpartition(".")
-        if name:
-            _set(tables, name, option, value, flag_of(key))
+        table, _, name = key.rpartition(".")
+        if table:
+            _set(tables, table, name, value, flag_of(key))
         else:
-            flags[key] = options_of(config_class)[key].check(value, flag_of(key))
+            flags[name] = options_of(config_class)[name].check(value, flag_of(key))
     if "optim.epochs" in typed and "optim.steps" not in typed:
-        tables["optim"].steps = 0  # a recipe's or the method's, in whose place --epochs was typed
+        tables["optim"].steps = 0  # --epochs replaces steps of a recipe or method
     for name, table in tables.items():
         if hasattr(table, "check"):
             table.check(name)
     return config_class(**tables, **flags, recipe_tables=recipe, typed=typed)
 
 
-def _lay(tables: dict, own: str, values: dict, source: str) -> None:
-    """Set what `values` hold, table by table; the method's own comes last, for [optim] too."""
-    for name in sorted(values, key=lambda name: name == own):
+def _override(tables: dict, method_table: str, values: dict, source: str) -> None:
+    """Set all options in `values`, {table: {key: value}}; the method's table overrides [optim]."""
+    for name in sorted(values, key=lambda name: name == method_table):  # False before True
         if name not in tables:
             continue
         if not isinstance(values[name], dict):
@@ -224,7 +219,7 @@ def _lay(tables: dict, own: str, values: dict, source: str) -> None:
                 warn_once(f"{source}: [{name}] {key} was removed: {REMOVED[key]}")
                 continue
             accepted, home = _accepted(name, tables[name]), name
-            if name == own and key not in accepted:
+            if name == method_table and key not in accepted:
                 accepted, home = accepted | _accepted("optim", tables["optim"]), "optim"
             if key not in accepted:
                 raise UserError(f"{source}: [{name}] has no key {key}" + _hint(key, accepted))
@@ -232,14 +227,14 @@ def _lay(tables: dict, own: str, values: dict, source: str) -> None:
 
 
 def _set(tables: dict, name: str, key: str, value, label: str) -> None:
-    """Check one value and set it; an option of another command is checked alone."""
+    """Check one value and set it; an option of another command is only checked."""
     value = _accepted(name, tables[name])[key].check(value, label)
     if key in options_of(type(tables[name])):
         setattr(tables[name], key, value)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that keeps a description's lines, and raises UserError for wrong words."""
+    """ArgumentParser that keeps the description's line breaks and raises UserError."""
 
     def __init__(self, description: str) -> None:
         keep = argparse.RawDescriptionHelpFormatter
@@ -250,7 +245,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(config_class: type[Config], argv: list[str], description: str) -> dict:
-    """What the command line says: {"optim.lr": 0.2, "head": "mlp", ...}."""
+    """The values of the command line by key: {"optim.lr": 0.2, "head": "mlp", ...}."""
     for word in argv:
         name = word.split("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and name in REMOVED:
@@ -265,7 +260,7 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> dict
 
 
 def _add_flags(group, table: str, table_class: type, defaults) -> None:
-    """One flag for each option, which is left out of the result where it is not typed."""
+    """Add a flag for each option; the parsed result holds only the flags that were typed."""
     for name, (field, kind) in options_of(table_class).items():
         key, default = f"{table}.{name}".lstrip("."), getattr(defaults, name)
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
@@ -285,10 +280,10 @@ def _add_flags(group, table: str, table_class: type, defaults) -> None:
 
 
 def as_dict(config: Config) -> dict:
-    """The settings as plain types: what config.json and checkpoints hold.
+    """The settings as config.json and checkpoints store them: {table: {key: value}}.
 
-    One table a section; "flags" are those of the command alone, and "recipe" has the tables of the
-    recipe, from which an evaluation of the run starts.
+    "flags" has the flags that are in no table, "recipe" the recipe's tables, which an evaluation
+    of the run uses.
     """
     tables = tables_of(type(config))
     settings = {name: dataclasses.asdict(getattr(config, name)) for name in tables}
@@ -297,10 +292,10 @@ def as_dict(config: Config) -> dict:
 
 
 def differences(config: Config, saved: dict) -> list[str]:
-    """What a resume changes of all that shapes the trajectory: "--lr 0.3 -> 0.2", ..."""
+    """How options with `trajectory` differ from a saved run's: ["--lr 0.3 -> 0.2", ...]."""
     changed = []
-    if config.own and config.own not in saved:
-        changed.append(f"a run without [{config.own}] -> {config.own}")
+    if config.method_table and config.method_table not in saved:
+        changed.append(f"a run without [{config.method_table}] -> {config.method_table}")
     sections = {"flags": config} | {name: getattr(config, name) for name in tables_of(type(config))}
     for section, table in sections.items():
         for name, option in options_of(type(table)).items():

@@ -1,4 +1,4 @@
-"""The run folder: config.json, metrics.jsonl, TensorBoard and the lock; lines on the screen."""
+"""The run folder: config.json, metrics.jsonl, TensorBoard, lock; and what a run prints."""
 
 import contextlib
 import functools
@@ -14,18 +14,11 @@ from pathlib import Path
 import torch
 
 from core.errors import UserError, put
-from core.files import (
-    open_locked,
-    read_json,
-    read_json_lines,
-    remove_leftovers,
-    write_atomically,
-    write_json,
-)
+from core.files import open_locked, read_json, read_json_lines, write_atomically, write_json
 from core.options import differences
 from training.distributed import Processes, sum_over_ranks
 
-SECONDS_A_LINE = 15  # between the lines that a run prints
+PRINT_EVERY = 15  # seconds between the lines that a run prints
 
 
 def say(processes: Processes, text: str) -> None:
@@ -41,12 +34,12 @@ def warn(processes: Processes, text: str) -> None:
 
 
 def check_free(out: Path, resume: bool, overwrite: bool) -> None:
-    """UserError where `out` can't be this run's folder, before any work starts."""
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UserError(f"--out {out}: {there} is no folder to write to; choose another --out")
+    """UserError if `out` can't be written to or holds a run that would be lost."""
+    nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise UserError(f"--out {out}: {nearest} is not a writable folder; choose another --out")
     if not str(out).isprintable():  # TensorBoard can't write there
-        raise UserError(f"--out {out!s:.200}: choose a name that can be printed, in UTF-8")
+        raise UserError(f"--out {out!s:.200}: choose a name of printable characters")
     if (out / "config.json").exists() and not (resume or overwrite):
         raise UserError(
             f"--out {out} holds a run: --overwrite renames it away, --resume continues a training; "
@@ -55,7 +48,7 @@ def check_free(out: Path, resume: bool, overwrite: bool) -> None:
 
 
 def finished(out: Path, config) -> dict | None:
-    """result.json where --resume meets a finished run; UserError where its settings differ."""
+    """The result if --resume names a finished run, else None; UserError if settings differ."""
     if not (config.run.resume and (out / "config.json").exists()):
         return None
     changed = ", ".join(differences(config, read_json(out / "config.json").get("config", {})))
@@ -68,10 +61,10 @@ def finished(out: Path, config) -> dict | None:
 
 
 class RunFolder(contextlib.ExitStack):
-    """Where one run writes.  All ranks must call `log`; only the main process touches files.
+    """The folder that a run writes to.  All ranks must call `log`; only rank 0 touches files.
 
-    config   for config.json, if that is to be written at once
-    As a context, or by `close`, it closes its files and gives the lock back.
+    config   written to config.json at once, unless it is None
+    Leaving the context, or `close`, closes its files and releases the lock.
     """
 
     def __init__(
@@ -79,8 +72,8 @@ class RunFolder(contextlib.ExitStack):
     ) -> None:
         super().__init__()
         self.out, self.processes = out, processes
-        self.board = None  # a TensorBoard of the main process, from `begin` on
-        self.next_line = time.monotonic() + SECONDS_A_LINE
+        self.board = None  # rank 0's TensorBoard after `begin`
+        self.next_line = time.monotonic() + PRINT_EVERY
         self.images = 0  # since `clock`
         if processes.main:
             check_free(out, resume, overwrite)
@@ -90,14 +83,15 @@ class RunFolder(contextlib.ExitStack):
                 self._rename_away()
             out.mkdir(parents=True, exist_ok=True)
             self.enter_context(self._lock())
-            remove_leftovers(out)
-            remove_leftovers(out / "checkpoints")
+            for folder in (out, out / "checkpoints"):
+                for temporary in folder.glob(".*.tmp"):  # from a process killed while writing
+                    temporary.unlink(missing_ok=True)
         if config is not None:
             self.write_config(config)
 
     def _rename_away(self) -> None:
-        """Put the time into the name of the old run's folder; UserError if it is still in use."""
-        self._lock().close()  # Windows renames no folder with an open file in it
+        """Append the time to the name of the old run's folder; UserError if it is in use."""
+        self._lock().close()  # Windows can't rename a folder with an open file in it
         old = Path(os.path.abspath(self.out))
         new = old.with_name(f"{old.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         while new.exists():
@@ -105,7 +99,7 @@ class RunFolder(contextlib.ExitStack):
         old.rename(new)
 
     def _lock(self):
-        """The open lock file, with this process's number in it; UserError if another has it."""
+        """The locked file, which holds this process's id; UserError if another process has it."""
         path = self.out / ".lock"
         file = open_locked(path)
         if file is None:
@@ -118,9 +112,9 @@ class RunFolder(contextlib.ExitStack):
         return file
 
     def write_config(self, config: dict, done: int = 0, changed: bool = False) -> None:
-        """Write config.json once; after --override the old one is config-until-STEP.json.
+        """Write config.json if there is none, or replace it if --override has `changed` settings.
 
-        So are the results of the old settings, which would pass for those of the new ones.
+        The old one and the results of the old settings are renamed to NAME-until-STEP.
         """
         if not self.processes.main or ((self.out / "config.json").exists() and not changed):
             return
@@ -144,8 +138,8 @@ class RunFolder(contextlib.ExitStack):
         write_json(self.out / "config.json", facts)
 
     def begin(self, start: int, stop: int) -> None:
-        """Open the metrics for steps start .. stop-1; rows of later steps are cut away."""
-        self.total, self.clock = stop, time.perf_counter()
+        """Open the metrics for steps start .. stop-1; rows from `start` on are deleted."""
+        self.stop, self.clock = stop, time.perf_counter()
         if self.processes.main:
             path = self.out / "metrics.jsonl"
             rows = [row for row in read_metrics(path) if row["step"] < start]
@@ -158,13 +152,13 @@ class RunFolder(contextlib.ExitStack):
             self.board = self.enter_context(TensorBoard(self.out, start))
 
     def log(self, step, every: int, **extra: float) -> None:
-        """Write the step's metrics every `every` steps, at the first and last, and with `extra`.
+        """Write the metrics of every `every`-th step, the first, the last, and those with `extra`.
 
-        Losses and logged tensors are averaged over the processes; this is the only place that
-        reads them from the device.
+        The loss and logged tensors are averaged over the processes.  Only here are they read from
+        the device.
         """
         self.images += step.images
-        if not (extra or step.index % every == 0 or step.last or step.index == self.total - 1):
+        if not (extra or step.index % every == 0 or step.index == self.stop - 1):
             return
         tensors = {"loss": step.loss}
         tensors |= {k: v for k, v in step.logs.items() if isinstance(v, torch.Tensor)}
@@ -181,25 +175,25 @@ class RunFolder(contextlib.ExitStack):
             self.metrics.write(json.dumps(row) + "\n")
             self.board.scalars(row)
         if "knn_top1" in row or time.monotonic() > self.next_line:
-            self.next_line = time.monotonic() + SECONDS_A_LINE
+            self.next_line = time.monotonic() + PRINT_EVERY
             knn = f"  knn {row['knn_top1']:.1f}" if "knn_top1" in row else ""
-            left = (self.total - step.index - 1) * step.images / rate / 60
-            text = f"step {step.index + 1}/{self.total}  loss {row['loss']:.3f}{knn}"
+            left = (self.stop - step.index - 1) * step.images / rate / 60
+            text = f"step {step.index + 1}/{self.stop}  loss {row['loss']:.3f}{knn}"
             say(self.processes, f"{text}  {rate:.1f} images/s, {left:.1f} min left")
 
     def flush(self) -> None:
-        """Put the rows on the disk, before the checkpoint that stands for them (main process)."""
+        """Flush the metrics to the disk, before the checkpoint of their step (rank 0)."""
         os.fsync(self.metrics.fileno())
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a line cut short by a crash is left out."""
+    """The rows of a metrics.jsonl, without incomplete lines."""
     return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
 
 
-@functools.cache  # it goes into each checkpoint
+@functools.cache  # every checkpoint asks for it
 def git_commit() -> str:
-    """The commit of this code, "unknown" outside a checkout."""
+    """The git commit of this code; "unknown" outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     settings = dict(cwd=Path(__file__).parent, text=True, timeout=10, stderr=subprocess.DEVNULL)
     try:

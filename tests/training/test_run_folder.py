@@ -72,7 +72,7 @@ def test_S12_a_folder_in_use_names_the_process(tmp_path, how):
 def test_C16_a_file_in_its_place(tmp_path):
     (tmp_path / "run").write_text("precious")
     for out in (tmp_path / "run", tmp_path / "run" / "below"):
-        with pytest.raises(UserError, match=f"{tmp_path}/run is no folder to write to"):
+        with pytest.raises(UserError, match=f"{tmp_path}/run is not a writable folder"):
             check_free(out, False, True)
     assert (tmp_path / "run").read_text() == "precious"
 
