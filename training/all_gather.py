@@ -1,4 +1,4 @@
-"""Gathering a tensor of all ranks with gradients, for losses that compare images."""
+"""All-gather with gradients, for losses that compare the images of all ranks."""
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,10 @@ class _Gather(torch.autograd.Function):
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """(B, ...) of each rank, equal shares, as (world_size B, ...) on all; x itself where one is.
+    """Concatenate x of all ranks, (B, ...) each, to (world_size * B, ...); x itself if not in DDP.
 
-    Gradients flow to every rank, so that a loss may compare images of different ranks.  It may be
-    the mean over a rank's own rows or, alike on all, that over all rows: DDP's mean over the ranks
-    makes the gradient of the global batch of either.  A rank's own rows start at own_rank() B.
+    The result has the same B on every rank; a rank's rows start at own_rank() * B.  Gradients flow
+    to all ranks.  The loss may be the mean over this rank's rows, or the same mean over all rows on
+    every rank: after DDP has averaged the gradients, both give that of the global batch.
     """
     return _Gather.apply(x.contiguous()) if dist.is_initialized() else x

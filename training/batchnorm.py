@@ -1,4 +1,4 @@
-"""Batch norm over all processes: torch.nn.SyncBatchNorm on CUDA, a small version of it on CPU."""
+"""Batch norm over all processes: torch.nn.SyncBatchNorm on CUDA, a small equivalent on CPU."""
 
 import torch
 import torch.distributed as dist
@@ -9,16 +9,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _Normalize(torch.autograd.Function):
-    """Batch norm by the statistics of all processes: one small collective each way.
+    """Batch norm with the statistics of all processes: one small collective in each direction.
 
-    torch's own kernels do the passes over the activations: a rank's mean and variance, the affine
-    map by the common ones, and the sums of its gradient.
+    torch's kernels pass over the activations: for a rank's mean and variance, for the affine map
+    with the common ones, and for the sums in the gradient.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
-        """(normalized x, mean, biased variance); the ranks have equal shares."""
-        unused = torch.zeros_like(weight)  # of its type are the statistics: float32 for a half x
+        """(normalized x, mean, biased variance); all ranks have equally many images."""
+        unused = torch.zeros_like(
+            weight
+        )  # its dtype, float32 for half x, is that of the statistics
         local = torch.stack(torch.batch_norm_update_stats(x, unused, unused, 0.0))
         shares = local.new_empty(dist.get_world_size(), *local.shape)
         dist.all_gather(list(shares), local)
@@ -32,9 +34,10 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, *_):
-        """weight / std (grad - mean(grad) - x^ mean(grad x^)), the means over all processes.
+        """weight / std (grad - mean(grad) - x^ mean(grad x^)), with means over all processes.
 
-        The gradients of weight and bias stay local: DDP averages those of all parameters.
+        x^ is the normalized x.  The gradients of weight and bias stay local, since DDP averages
+        those of all parameters.
         """
         x, weight, mean, variance = ctx.saved_tensors
         scaled, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
@@ -52,7 +55,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class CrossReplicaBatchNorm(_BatchNorm):
-    """torch's BatchNorm1d/2d whose batch is that of all processes together (equal shares)."""
+    """torch's BatchNorm1d/2d over the global batch; all ranks have equally many images."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -75,7 +78,7 @@ class CrossReplicaBatchNorm(_BatchNorm):
 
 
 def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with every batch norm made cross-replica; parameters and buffers are kept."""
+    """`module` with cross-replica batch norms, which keep their parameters and buffers."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():

@@ -1,7 +1,7 @@
-"""Checkpoints: the full training state, written so that a crash at any moment loses nothing.
+"""Checkpoints: the full training state, safe against a crash at any moment.
 
-Each is `step-N.pt`, N the number of steps done, with its SHA-256 in `step-N.sha256`.  It is written
-to a temporary name, flushed to the disk, renamed, and read back before an older one goes.
+Each is a file `step-N.pt`, N the number of steps done, with its SHA-256 in `step-N.sha256`.  It is
+written atomically and read back before an older one is removed.
 """
 
 import hashlib
@@ -13,25 +13,22 @@ import torch
 from core.errors import RunError
 from core.files import write_atomically
 
-SCHEMA = 1
+SCHEMA = 1  # version of the format
 
 
 def save_file(path: Path, state: dict, checksum: bool = False) -> None:
-    """Serialize `state` to `path`, whole or not at all; with its SHA-256 in a second file.
-
-    That file goes first: a kill in between leaves no checkpoint that can't be verified.
-    """
+    """Serialize `state` to `path` atomically; with `checksum`, its SHA-256 to a second file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getbuffer()
-    if checksum:
+    if checksum:  # written first, so that a kill leaves no checkpoint without it
         text = f"{hashlib.sha256(data).hexdigest()}  {path.name}\n"
         write_atomically(path.with_suffix(".sha256"), text.encode())
     write_atomically(path, data)
 
 
 def rejected(path: Path) -> str:
-    """Why a checkpoint can't be trusted; empty where its checksum holds."""
+    """Why a checkpoint is not valid; empty if its checksum matches."""
     try:
         with open(path, "rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
@@ -44,15 +41,15 @@ def rejected(path: Path) -> str:
 class Checkpoints:
     """The folder `checkpoints/` of a run.
 
-    every    steps between saves; 0 for the last step only
-    keep     how many of the newest stay
+    every   steps between saves; 0: save after the last step only
+    keep    number of newest checkpoints to keep
     """
 
     def __init__(self, folder: Path, every: int, keep: int = 2) -> None:
         self.folder, self.every, self.keep = folder, every, keep
 
     def due(self, step) -> bool:
-        """Whether to save after this step: at the cadence, and after the run's last."""
+        """Whether to save after this step: one in `every` steps, and the last of all."""
         return step.last or (self.every > 0 and (step.index + 1) % self.every == 0)
 
     def save(self, steps_done: int, state: dict) -> None:

@@ -1,4 +1,4 @@
-"""The thin main of every script: settings, processes, run."""
+"""What each script's main does: read the settings, start the processes, run."""
 
 import os
 import signal
@@ -22,9 +22,9 @@ def execute(
 ) -> dict:
     """Read the settings, start the processes, call `run(config, processes)`, return its result.
 
-    prepare   function of the settings that fetches what is missing, before a process group exists
-    Wrong input is one line on stderr, before torchrun, data or a network are touched.
-    A run that was asked to stop ends the process with exit code 75, on all ranks.
+    prepare   called with the settings before a process group exists, to download missing files
+    Wrong input ends with one line on stderr, before torchrun starts and before data are read.
+    A run that a signal has stopped ends the process with exit code 75, on all ranks.
     """
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("--debug" in argv):
@@ -32,7 +32,7 @@ def execute(
         r = config.run
         several = launched() or r.gpus > 1
         if several:
-            from training import launch  # of no use to a single process
+            from training import launch  # only for several processes
 
             launch.resume_if_restarted(r)
         check_run(config)
@@ -48,7 +48,7 @@ def execute(
 
 
 def guarded(run: Callable, config, processes: Processes) -> dict:
-    """The result of the run; where it stops or fails, the process ends as its job needs it."""
+    """The result of `run`; exits if a signal stopped it, or if it fails in one of several ranks."""
     try:
         return run(config, processes)
     except Stopped as stop:
@@ -59,22 +59,22 @@ def guarded(run: Callable, config, processes: Processes) -> dict:
     except Exception as error:
         if processes.world_size > 1:
             tell(error, processes.rank, config.run.debug)
-            os._exit(1)  # leaving the group would wait for ranks that are somewhere else
+            os._exit(1)  # a normal exit would wait for the other ranks in a collective
         raise
 
 
 def check_run(config) -> None:
-    """UserError where --device, --out or --resume can't be what was meant."""
+    """UserError for a --device, --out or --resume that can't be used."""
     r, out = config.run, Path(config.run.out)
     pick_device(r.device)
     check_free(out, bool(r.resume), r.overwrite)
     images = Path(config.data.data_root).resolve()
     names = set(os.listdir(out)) if out.is_dir() else set()
-    of_no_run = names and not names & {".lock", "settings.json"}
-    if out.resolve() == images or (of_no_run and out.resolve().is_relative_to(images)):
-        raise UserError(f"--out {out}: a folder of images, in --data-root; choose another")
+    not_a_run = names and not names & {".lock", "settings.json"}
+    if out.resolve() == images or (not_a_run and out.resolve().is_relative_to(images)):
+        raise UserError(f"--out {out}: a folder of images in --data-root; choose another")
     for inside in (Path.cwd(), images):
         if r.overwrite and inside.is_relative_to(out.resolve()):
-            raise UserError(f"--overwrite: would rename {inside} with --out {out}; choose another")
+            raise UserError(f"--overwrite: --out {out} contains {inside}; choose another")
     if r.resume not in ("", "auto") and not Path(r.resume).is_file():
         raise UserError(f"--resume {r.resume}: no such file")

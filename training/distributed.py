@@ -1,4 +1,4 @@
-"""Process group, DDP, collectives: what needs several processes."""
+"""The process group, DDP and collectives."""
 
 import contextlib
 import datetime
@@ -17,7 +17,7 @@ from core.errors import launched
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of them."""
+    """This process's rank and device, and the number of processes."""
 
     rank: int
     world_size: int
@@ -26,7 +26,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this one writes files and prints."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
 
@@ -34,7 +34,7 @@ SINGLE = Processes(0, 1, CPU)
 
 
 def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
-    """Join the launcher's process group, if there is one, and set device and thread count."""
+    """Set the device and the thread count; under torchrun, join the process group."""
     local_rank, local_size, world_size = 0, 1, 1
     if launched():
         names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
@@ -52,8 +52,8 @@ def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
         limit = datetime.timedelta(seconds=timeout)
         store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            # torchrun's store outlives a restart: without a name of its own for each try, a quick
-            # process finds the address of one that has died
+            # torchrun's store survives a restart: without a prefix for each attempt, a process
+            # could read the address of one that has died
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
@@ -63,52 +63,52 @@ def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
 
 
 def finish() -> None:
-    """Leave the process group, when all processes are there."""
+    """Leave the process group once all processes have got here."""
     if dist.is_initialized():
-        if dist.get_backend() == "gloo":  # who leaves early breaks its collectives for a late one
+        if dist.get_backend() == "gloo":  # leaving early would break the last collective of others
             dist.monitored_barrier()
         dist.destroy_process_group()
 
 
 def wrap(method: nn.Module, processes: Processes, batch_norm: str) -> nn.Module:
-    """The method on its device, in DDP where there are several processes.
+    """The method on its device, in DDP if there are several processes.
 
-    sync: batch-norm statistics over all processes, so that buffers are equal everywhere.
+    batch_norm   "sync": statistics over all processes, which keeps the buffers equal; "local"
     """
     if processes.world_size > 1 and batch_norm == "sync":
-        from training.batchnorm import convert_batch_norm  # of no use to a single process
+        from training.batchnorm import convert_batch_norm  # only for several processes
 
         method = convert_batch_norm(method, processes.device)
     method.to(processes.device, memory_format=torch.channels_last)
     if processes.world_size == 1:
         return method
     names = inspect.signature(DistributedDataParallel.__init__).parameters
-    # torch 2.13 renamed it
+    # torch 2.13 renamed this argument
     name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return DistributedDataParallel(method, gradient_as_bucket_view=True, **{name: False})
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The method inside DDP."""
+    """The method, without DDP around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def no_sync(model: nn.Module, skip: bool):
-    """Context in which DDP leaves gradients local, for all but the last micro-batch."""
+    """Context in which DDP, if `skip`, does not all-reduce the gradients."""
     if skip and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum in place over all processes; nothing to do in a single one."""
+    """Sum `values` over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def own_rank() -> int:
-    """This process's place among all."""
+    """The rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

@@ -1,4 +1,4 @@
-"""The encoder, a torchvision ResNet without its last layer; its first weights; encoder.pt."""
+"""The encoder: a torchvision ResNet without its last layer, its initial weights, encoder.pt."""
 
 import functools
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ ARCHS = {
     "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
     "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
 }
-# kernel, stride and padding of the first convolution, and whether torchvision's max-pool follows
+# kernel size, stride and padding of the first convolution; whether torchvision's max-pool follows
 STEMS = {
     "imagenet": (7, 2, 3, True),
     "stl": (3, 1, 1, True),
@@ -25,16 +25,16 @@ STEMS = {
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that uses, on a map of 1x1 pixels, the center tap alone.
+    """A 3x3 convolution that applies only its center tap to maps of 1x1 pixels.
 
-    The other taps meet the padding's zeros only.  Not for speed alone (the last stage of 32-pixel
-    images behind the ImageNet stem is such a map): in bfloat16 on CPUs, torch 2.10 to 2.14 read
-    memory that nothing wrote for the weight gradient of a strided convolution of such a map.
+    The other taps see only zero padding there.  This is faster (32-pixel images behind the ImageNet
+    stem end in such maps) and avoids a bug: in bfloat16 on CPUs, torch 2.10 to 2.14 read
+    uninitialized memory for the weight gradient of a strided convolution of such a map.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
         shape = layer.in_channels, layer.out_channels, 3, layer.stride, 1
-        super().__init__(*shape, bias=False, device="meta")  # there it draws no random numbers
+        super().__init__(*shape, bias=False, device="meta")  # draws no random numbers
         self.weight = layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,9 +50,7 @@ class Encoder(resnet.ResNet):
     `zero_init` starts the last batch-norm scale of each block at 0.
     """
 
-    def __init__(
-        self, arch: str = "resnet18", stem: str = "imagenet", width: float = 1.0, zero_init=False
-    ) -> None:
+    def __init__(self, arch="resnet18", stem="imagenet", width=1.0, zero_init=False) -> None:
         block, layers = ARCHS[arch]
         self.channels = max(1, round(64 * width))
         super().__init__(block, layers, zero_init_residual=zero_init)
@@ -70,20 +68,20 @@ class Encoder(resnet.ResNet):
                     setattr(module, name, Conv3x3(layer))
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
-        # torchvision fixes 64, 128, 256, 512 here; scaling them is all that `width` needs.
+        # torchvision calls this with 64, 128, 256 and 512 planes; `width` scales them.
         if planes == 64:
             self.inplanes = self.channels
         return super()._make_layer(block, planes * self.channels // 64, blocks, stride, dilate)
 
 
-# name -> function of stem, width and zero_init that makes an encoder.  To add a network, add a
-# line: any nn.Module that maps (B, 3, H, W) to (B, feature_size) and has the latter as attribute.
+# name -> function of stem, width and zero_init that returns an encoder.  To add a network, add a
+# line: any nn.Module that maps (B, 3, H, W) to (B, feature_size) and has that size as attribute.
 ENCODERS = {arch: functools.partial(Encoder, arch) for arch in ARCHS}
 
 
 @dataclass
 class ShapeConfig:
-    """[encoder]: the network that evaluation loads."""
+    """[encoder]: architecture of the encoder."""
 
     arch: str = option("resnet18", "network", choices=ENCODERS)
     stem: str = option(
@@ -96,40 +94,40 @@ class ShapeConfig:
 
 @dataclass
 class NewEncoderConfig(ShapeConfig):
-    """[encoder]: the network, and how it starts where its weights are random."""
+    """[encoder]: architecture and random initialization of the encoder."""
 
     zero_init: bool = option(False, "start each block's last batch-norm scale at 0, not 1")
 
 
 @dataclass
 class EncoderConfig(NewEncoderConfig):
-    """[encoder]: the network, and how it starts."""
+    """[encoder]: architecture and initial weights of the encoder."""
 
-    init: str = option("random", "starting point: random, imagenet, or a file of weights")
+    init: str = option("random", "initial weights: random, imagenet, or a file of weights")
 
 
 def build_encoder(config: EncoderConfig) -> nn.Module:
-    """The network that [encoder] names, with random weights."""
+    """The encoder that `config` describes, with random weights."""
     return ENCODERS[config.arch](config.stem, config.width, config.zero_init)
 
 
 def initialize(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:
-    """The encoder that --init starts from, and the mean and std that its inputs need.
+    """The encoder with the weights of --init, and the mean and std that normalize its inputs.
 
-    images   their mean and std are used where --init names no others
+    images   give the mean and std unless the weights come with theirs
     """
     if config.init == "random":
         return build_encoder(config), *images.statistics()
-    from training.weights import initial_weights  # of no use to a random start
+    from training.weights import initial_weights  # not for random weights
 
     weights = initial_weights(config)
     return weights.encoder(config, f"--init {config.init}"), *weights.normalization(images)
 
 
 def fetch(config: EncoderConfig) -> None:
-    """Download the published weights that --init names, before any process group exists."""
+    """Download the published weights that --init names, if missing."""
     if config.init == "imagenet":
-        from training.weights import imagenet_file  # of no use to a random start
+        from training.weights import imagenet_file  # not for random weights
 
         imagenet_file(config)
 
@@ -140,5 +138,5 @@ def save_encoder(path: Path, encoder: nn.Module, meta: dict) -> None:
 
 
 def portable(network: nn.Module) -> dict[str, Tensor]:
-    """Its state dict on the CPU, in torch's default memory format."""
+    """The network's state dict on the CPU, in torch's default memory format."""
     return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}

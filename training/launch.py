@@ -1,4 +1,4 @@
-"""Launching: `python X --gpus 4` and `torchrun X --gpus 4` become what torchrun itself starts."""
+"""Launching: `python X --gpus 4` and `torchrun X --gpus 4` start 4 processes with torchrun."""
 
 import os
 import signal
@@ -13,29 +13,28 @@ from core.device import pick_device
 from core.errors import LAUNCHER, UserError, launched
 from training.stopping import handle, hangup_ignored
 
-PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")  # of a launcher's variables
-RELAUNCHED = "BYOL_RELAUNCHED"  # the launcher that --gpus became: its process id; once is enough
+PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")  # of torchrun's variables
+RELAUNCHED = "BYOL_RELAUNCHED"  # process id of the torchrun that --gpus has started
 RESTARTED = "BYOL_RESTARTED"  # set when the launcher that exec'd us was restarting the job
 
 
 def resume_if_restarted(run) -> None:
-    """After a crash the launcher types what was typed at first: then --resume is meant."""
+    """Set --resume if torchrun restarts a failed job, since it repeats the original flags."""
     saved = list(Path(run.out).glob("checkpoints/step-*.pt"))
     if restarted() and (saved or not run.resume):
         run.resume = "auto"
 
 
 def restarted() -> bool:
-    """Whether the launcher starts this process again after a failure (its --max-restarts)."""
+    """Whether torchrun has restarted this process after a failure (its --max-restarts)."""
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or RESTARTED in os.environ
     return launched() and again
 
 
 def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
-    """Replace this process by torchrun where --gpus asks for more than the launcher gave.
+    """Replace this process by torchrun if --gpus asks for more processes than there are.
 
-    torchrun alone starts one worker and hands it `--gpus 4`; plain python starts none.  Only a
-    real launcher counts: rank variables left over in the environment do not.
+    So both `python X --gpus 4` and `torchrun X --gpus 4`, which starts one process, start four.
     """
     started = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
     if pick_device(device) == "cuda" and gpus > torch.cuda.device_count():
@@ -51,18 +50,18 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
     environment[RELAUNCHED] = str(os.getpid())
     if restarted():
         environment[RESTARTED] = "1"
-    environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun does the same, with a long notice
+    environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun does the same with a long warning
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    if hangup_ignored():  # the launcher would end its processes all the same
+    if hangup_ignored():  # torchrun would handle it and end its processes
         command.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
     command += [f"--nproc-per-node={gpus}", *program, *argv]
-    handle("SIGUSR1", signal.SIG_IGN)  # it would kill a launcher
+    handle("SIGUSR1", signal.SIG_IGN)  # it would kill torchrun
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)
 
 
 def _program(gpus: int) -> list[str]:
-    """The words that start this script again; UserError where it has no file of its own."""
+    """Arguments for Python that start this script again; UserError for a notebook or python -c."""
     script, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
     by_name = spec is not None and spec.origin == script  # python -m
     if hasattr(sys, "ps1") or not (by_name or os.path.exists(script)):
@@ -74,14 +73,14 @@ def _program(gpus: int) -> list[str]:
 
 
 def end_with_launcher() -> None:
-    """From now on end this process within a second of its launcher's death: no orphan on a GPU."""
+    """End this process within a second of its launcher's death, so that no orphan keeps a GPU."""
     if launched():
         launcher = int(os.environ.get(RELAUNCHED, os.getppid()))
         threading.Thread(target=_follow, args=(launcher,), daemon=True).start()
 
 
 def _follow(launcher: int) -> None:
-    """Runs in a thread, since a process that waits in a collective handles no signal."""
-    while os.getppid() == launcher:  # a process whose parent dies gets another parent
+    """Runs in a thread, since a process that waits in a collective handles no signals."""
+    while os.getppid() == launcher:  # changes when the parent dies
         time.sleep(1)
     os._exit(1)

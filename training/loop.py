@@ -1,4 +1,4 @@
-"""Training loop as a generator, with its schedules and precision.
+"""The training loop as a generator, its schedules and its precision.
 
 Schedules are pure functions of the step index k = 0 .. K-1 of attempted steps.
 """
@@ -15,11 +15,11 @@ from core.errors import UserError
 from training.distributed import no_sync, unwrap
 from training.method import at_least_float32
 
-FORWARD = 3  # stream of random numbers; the loader has 1 and 2
+FORWARD = 3  # number of this stream of random numbers; the loader uses 1 and 2
 
 
 def warmup_steps(warmup_epochs: float, steps_per_epoch: int, total: int) -> int:
-    """Length of the warm-up in steps, at most half of the run."""
+    """Length of the warm-up in steps, at most half of all steps."""
     return min(round(warmup_epochs * steps_per_epoch), total // 2)
 
 
@@ -36,11 +36,11 @@ def peak_rate(optimizer: str, lr: float, batch_size: int) -> float:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto -> bf16 where the processor has it natively, fp16 on older GPUs, fp32 on older CPUs."""
+    """auto is bf16 if the hardware supports it, else fp16 on a GPU and fp32 on a CPU."""
     if device.type == "cuda":
         native, other = torch.cuda.get_device_capability(device) >= (8, 0), "fp16"
         if name == "bf16" and not native:
-            raise UserError("--precision bf16: this GPU has none; use fp16 or fp32")
+            raise UserError("--precision bf16: this GPU does not support it; use fp16 or fp32")
     else:
         native, other = cpu_has_bf16(), "fp32"
     if name == "auto":
@@ -55,7 +55,7 @@ def cpu_has_bf16() -> bool:
 
 
 class Precision:
-    """Autocast and gradient scaling of one run; its state is the scaler's."""
+    """Autocast and gradient scaling of one run."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
@@ -63,7 +63,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def autocast(self) -> torch.autocast:
-        """Context for the networks' forward pass; nothing else belongs in it."""
+        """Context for the forward pass; inside it, a loss would be computed in half precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
@@ -71,7 +71,7 @@ class Precision:
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """The optimizer's step; False where the scaler skipped it (reads the device, fp16 only)."""
+        """Optimizer step; returns False if the scaler skipped it (fp16; this waits for the GPU)."""
         before = self.scaler.get_scale()
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -81,14 +81,14 @@ class Precision:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over the scaler's state; a run without scaler has saved an empty one."""
+        """Restore the scaler; the saved state is empty if the run had none."""
         if state:
             self.scaler.load_state_dict(state)
 
 
 @dataclass
 class Step:
-    """What happened in step `index` of 0 .. total-1; tensors are on the device, not yet read."""
+    """The outcome of step `index` of 0 .. total-1; its tensors are still on the device."""
 
     index: int
     total: int
@@ -105,7 +105,7 @@ class Step:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """torch's global generator as a function of the step: a method's own randomness resumes."""
+    """Seed torch's global generator for a step, so that a resumed method draws the same numbers."""
     words = np.random.SeedSequence([seed, FORWARD, step, rank]).generate_state(2)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
@@ -113,7 +113,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def train_step(
     model: nn.Module, loader, optimizer, precision: Precision, k: int, progress: float
 ) -> tuple[Tensor, dict[str, Tensor | float], bool]:
-    """Forward, backward, optimizer, `after_step`: the loss, what to log, whether it was applied."""
+    """Forward, backward, optimizer, `after_step`; returns loss, logs, whether it was applied."""
     method, loss_of_step = unwrap(model), 0.0
     model.train()
     seed_step(loader.seed, k, loader.rank)
@@ -151,7 +151,7 @@ def train_steps(
     model      a Method, or DDP around one
     loader     has batches(step), steps_per_epoch, batch_size, accumulate, seed, rank
     peak       the learning rate after `warmup` steps
-    A step that the gradient scaler skips advances the index and changes nothing else.
+    A step that the gradient scaler skips only advances the index.
     """
     for k in range(start, min(stop or total, total)):
         lr = learning_rate(peak, k, warmup, total)

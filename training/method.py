@@ -1,6 +1,6 @@
 """The interface that every method implements, self-supervised or the supervised classifier.
 
-Loop, checkpoints and evaluation use nothing else of a method.
+The loop, checkpoints and evaluation use a method only through it.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttentio
 class Method(nn.Module):
     """The networks and the loss of one method.
 
-    All state is in parameters and buffers, which a checkpoint holds; all randomness comes from
-    torch's global generator, which the loop seeds anew for each step.
+    All state is in parameters and buffers, which a checkpoint saves; all randomness comes from
+    torch's global generator, which the loop seeds at each step.
     """
 
     name: str = ""  # the recipe's table and the run folder's default name
-    defaults: dict = {}  # tables laid over the shared defaults, e.g. {"optim": {"lr": 0.05}}
+    defaults: dict = {}  # override the shared defaults, e.g. {"optim": {"lr": 0.05}}
     uses_labels: bool = False  # then loss(outputs, labels); a label of -1 means unknown
     views: tuple | None = None  # ViewConfigs; None: the recipe's view1 and view2
 
@@ -39,9 +39,9 @@ class Method(nn.Module):
     def forward(self, *views: Tensor) -> dict[str, Tensor]:
         """The networks' outputs by name, each stacked over views: (V, B, D).
 
-        Runs in DDP and autocast, once for all views; each view passes the networks by itself, so
-        that batch statistics are per view.  By default the outputs are `representation`, and
-        `projection` and `prediction` where the method has a `projector` and a `predictor`.
+        Runs in DDP and autocast, once for all views; each view is a batch of its own, so that batch
+        statistics are per view.  By default the outputs are `representation`, and `projection` and
+        `prediction` if the method has a `projector` and a `predictor`.
         """
         outputs = [self.encoder(view) for view in views]
         stacked = {"representation": torch.stack(outputs)}
@@ -56,7 +56,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, progress: float) -> dict[str, float]:
-        """Called after each applied optimizer step k of K with progress = k/K; what to log."""
+        """Called after each applied optimizer step k of K with progress = k/K; returns logs."""
         return {}
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
@@ -68,8 +68,8 @@ def groups_by_kind(module: nn.Module, weight_decay: float) -> list[dict]:
     """Two optimizer groups of a module's trained parameters: kernels, and all others.
 
     Kernels are the weights of linear layers, convolutions and attention.  The others get no weight
-    decay and no LARS adaptation: biases, norms, and what a transformer has besides (class tokens,
-    position embeddings, layer scale).
+    decay and no LARS adaptation: biases, norms, and a transformer's class tokens, position
+    embeddings and layer scales.
     """
     kernels = {
         id(parameter)
@@ -87,6 +87,6 @@ def groups_by_kind(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def at_least_float32(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs of a forward pass as the loss gets them: half precisions become float32."""
+    """The outputs for the loss, with float16 and bfloat16 tensors converted to float32."""
     half = (torch.float16, torch.bfloat16)
     return {k: v.float() if v.dtype in half else v for k, v in outputs.items()}

@@ -1,4 +1,4 @@
-"""The optimizers: LARS by hand, torch's own SGD and AdamW, over a method's parameter groups."""
+"""The optimizers: LARS, and torch's SGD and AdamW."""
 
 from dataclasses import dataclass
 
@@ -14,22 +14,22 @@ class OptimConfig:
     """[optim]: the optimizer and how long it runs."""
 
     optimizer: str = option("lars", "optimizer", choices=("lars", "sgd", "adamw"))
-    lr: float = option(2.0, "rate per 256 images for lars and sgd, as it is for adamw", low=0)
-    weight_decay: float = option(1e-6, "weight decay; not of biases and norms", low=0)
+    lr: float = option(2.0, "learning rate per 256 images (lars, sgd); not scaled for adamw", low=0)
+    weight_decay: float = option(1e-6, "weight decay, not for biases and norms", low=0)
     momentum: float = option(0.9, "momentum of lars and sgd", low=0, high=0.9999)
-    batch_size: int = option(256, "GLOBAL batch, images over all processes", low=1)
-    nesterov: bool = option(False, "momentum of sgd in Nesterov's form")
-    accumulate: int = option(1, "micro-batches that a global batch is cut into", low=1)
+    batch_size: int = option(256, "GLOBAL batch size, over all processes", low=1)
+    nesterov: bool = option(False, "Nesterov momentum for sgd")
+    accumulate: int = option(1, "micro-batches per global batch", low=1)
     epochs: int = option(100, "epochs over the training images", low=1)
     steps: int = option(0, "optimizer steps instead of epochs (0: use --epochs)", low=0)
     warmup_epochs: float = option(10, "linear warm-up, at most half of all steps", low=0)
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """K, the number of attempted steps that the schedules run over."""
+        """K, the number of attempted steps."""
         return self.steps or self.epochs * steps_per_epoch
 
     def check(self, label: str) -> None:
-        """UserError where the rate can't be meant for the optimizer."""
+        """UserError for a learning rate far too high for adamw."""
         if self.optimizer == "adamw" and self.lr > 0.05:
             raise UserError(f"--lr {self.lr:g} is a rate for lars or sgd; adamw wants about 1e-3")
 
@@ -38,7 +38,7 @@ class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (arXiv 1708.03888), as in BYOL's released code.
 
     g <- g + wd w;  g <- g eta |w|/|g| (factor 1 when a norm is 0);  m <- momentum m + g;
-    w <- w - lr m.  Groups with adapt=False skip the second.  The norms stay on the device.
+    w <- w - lr m.  Groups with adapt=False skip the second.  Norms are never read by the CPU.
     """
 
     def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0, eta=1e-3) -> None:
@@ -72,7 +72,7 @@ class LARS(Optimizer):
 
 
 def build_optimizer(name: str, groups: list[dict], momentum: float, nesterov=False) -> Optimizer:
-    """lars, sgd or adamw over a method's parameter groups; the loop sets the rate of each step."""
+    """lars, sgd or adamw over parameter groups; the loop sets the learning rate at each step."""
     if name == "lars":
         return LARS(groups, momentum=momentum)
     groups = [{k: v for k, v in group.items() if k != "adapt"} for group in groups]

@@ -1,4 +1,4 @@
-"""Resuming a run: finds the checkpoint, compares its settings, restores its state."""
+"""Resume a run: find the checkpoint, compare its settings, restore its state."""
 
 from pathlib import Path
 
@@ -10,10 +10,9 @@ from training.weights import load_file, load_state
 
 
 def resume(session) -> bool:
-    """Restore the checkpoint that --resume names; a fresh start where the run has none yet.
+    """Restore the checkpoint that --resume names into a new Session, if there is one yet.
 
-    session   a Session that has done nothing
-    Returns whether its settings are to be written: it starts afresh, or --override changed them.
+    Returns whether config.json must be written: without a checkpoint, or with changed settings.
     """
     state = newest_valid(session.checkpoints, session.config.run.resume)
     if state is None:
@@ -24,9 +23,9 @@ def resume(session) -> bool:
         more = f"; {changed} would train nothing" if changed else ""
         raise UserError(f"--resume: {done} steps are done of {session.total}{more}")
     load_state(session.method, state["model"], "--resume: its network", "these settings")
-    if "--optimizer " not in changed:  # another one starts without a past
-        past = {"state": state["optimizer"]["state"]}  # the groups' settings are the new ones
-        session.optimizer.load_state_dict(session.optimizer.state_dict() | past)
+    if "--optimizer " not in changed:  # a different optimizer starts with an empty state
+        saved = {"state": state["optimizer"]["state"]}  # without the groups' old settings
+        session.optimizer.load_state_dict(session.optimizer.state_dict() | saved)
     session.precision.load_state_dict(state["scaler"])
     session.done, session.before = done, state["seconds"]
     if changed:
@@ -41,10 +40,10 @@ def resume(session) -> bool:
 
 
 def newest_valid(checkpoints: Checkpoints, resume: str = "auto") -> dict | None:
-    """The content of the newest checkpoint whose checksum holds, or None where there is none yet.
+    """The content of the newest checkpoint with a valid checksum; None if there are no checkpoints.
 
-    resume   "auto", or the one file that is meant
-    A warning names each one passed over; UserError where all are bad.
+    resume   "auto", or a file
+    A warning names each invalid one that is skipped; UserError if all are invalid.
     """
     paths = checkpoints.list() if resume == "auto" else [Path(resume)]
     problems = []
@@ -52,7 +51,7 @@ def newest_valid(checkpoints: Checkpoints, resume: str = "auto") -> dict | None:
         reason = rejected(path)
         if not reason:
             for problem in problems:
-                warn_once(f"{problem}; passed over")
+                warn_once(f"{problem}; skipped")
             return load_file(path, "--resume")
         problems.append(f"{path}: {reason}")
     if problems:
@@ -61,9 +60,9 @@ def newest_valid(checkpoints: Checkpoints, resume: str = "auto") -> dict | None:
 
 
 def changes(session, state: dict) -> str:
-    """What differs from the settings and data of `state`: "--lr 0.3 -> 0.2, ...".
+    """How settings and data differ from those in `state`: "--lr 0.3 -> 0.2, ...".
 
-    UserError where it does and --override is not set, or where `state` is of other code.
+    UserError for a difference without --override, or if another method or format wrote `state`.
     """
     config, name = session.config, session.method.name
     if (state.get("kind"), state.get("schema")) != (name, SCHEMA):
@@ -82,7 +81,7 @@ def changes(session, state: dict) -> str:
 
 
 def set_aside(checkpoints: Checkpoints, after: int) -> None:
-    """Rename those of later steps: damaged, or of a past that this run does not go on from."""
+    """Rename checkpoints of later steps: invalid, or left over when a run resumes further back."""
     for path in checkpoints.list():
         if path.stem > f"step-{after:08d}":
             path.rename(path.with_name(f"aside-{path.name}"))

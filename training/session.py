@@ -14,24 +14,21 @@ from training.encoder import save_encoder
 from training.loop import Precision, Step, peak_rate, pick_precision, train_steps, warmup_steps
 from training.optimizers import build_optimizer
 from training.run_folder import RunFolder, git_commit, read_metrics, say
-from training.stopping import Watch
 
-COMPARE_EVERY = 1000  # steps between comparisons of the processes' weights, besides each save
+COMPARE_EVERY = 1000  # steps between comparisons of the ranks' weights; also at each save
 
 
 class Session(contextlib.ExitStack):
-    """One training run, new or resumed; as a context it closes what it has opened.
+    """One training run, new or resumed; leaving the context closes its files.
 
-    config     with the sections data, encoder, optim, run and the method's own
-    method     a Method on the CPU; `model` is it on its device, in DDP where there are several
-    loader     a Loader over its training images
-    transform  how evaluation makes the encoder's inputs; goes into encoder.pt
-    watch      whose signals stop the run; may be set later, before `steps`
+    config     with the tables encoder, optim, run and the method's
+    method     a Method on the CPU; `model` is the method on its device, in DDP if that is used
+    loader     a Loader over the training images
+    transform  makes the encoder's inputs in evaluations; saved in encoder.pt
+    watch      a Watch, whose signals stop the run; must be set before `steps`
     """
 
-    def __init__(
-        self, config, method, loader, transform, processes, watch: Watch | None = None
-    ) -> None:
+    def __init__(self, config, method, loader, transform, processes, watch=None) -> None:
         super().__init__()
         o, run = config.optim, config.run
         self.config, self.method, self.loader, self.processes = config, method, loader, processes
@@ -56,14 +53,14 @@ class Session(contextlib.ExitStack):
         try:
             self._resume()
         except BaseException:
-            self.close()  # or this process would hold the lock for as long as it lives
+            self.close()  # or the process would keep the lock until it ends
             raise
 
     def _resume(self) -> None:
-        """Take over the state that --resume names, and write config.json."""
+        """Restore the checkpoint that --resume names, and write config.json."""
         run, changed = self.config.run, True
         if run.resume:
-            from training.resume import resume  # a fresh run has nothing to read
+            from training.resume import resume  # not for a new run
 
             changed = resume(self)
         self.compare_replicas()
@@ -71,12 +68,12 @@ class Session(contextlib.ExitStack):
 
     @property
     def seconds(self) -> float:
-        """Time in this run so far, that before a resume included."""
+        """Duration of the run so far, including the time before a resume."""
         return self.before + time.perf_counter() - self.began
 
     @property
     def meta(self) -> dict:
-        """What encoder.pt says of itself."""
+        """The metadata in encoder.pt."""
         e = self.config.encoder
         meta = {"arch": e.arch, "stem": e.stem, "width": e.width, "init": e.init}
         meta |= {"crop_size": self.loader.crop_size, **self.transform.meta()}
@@ -84,7 +81,7 @@ class Session(contextlib.ExitStack):
         return meta | {"commit": git_commit()}
 
     def describe(self) -> str:
-        """The encoder; device, precision, steps and the actual learning rate: two lines."""
+        """Two lines: the encoder; device, precision, steps and the scaled learning rate."""
         e, o, p = self.config.encoder, self.config.optim, self.processes
         epochs = self.total / self.loader.steps_per_epoch
         trained = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
@@ -100,24 +97,16 @@ class Session(contextlib.ExitStack):
         return text + (f"; going on from step {self.done:,}" if self.done else "")
 
     def steps(self) -> Iterator[Step]:
-        """The training steps from where the run stands, see `train_steps`.
+        """Train the steps that are left; yields each, see `train_steps`.
 
-        Stopped, after a save, where the watch or --stop-after ends the run before its last step.
+        Raises Stopped, after a save, if a signal or --stop-after ends the run before its last step.
         """
         self.folder.begin(self.done, self.stop)
         if self.folder.board is not None and not self.done:
             self.folder.board.show(as_dict(self.config), self.loader.preview())
-        for step in train_steps(
-            self.model,
-            self.loader,
-            self.optimizer,
-            self.precision,
-            peak=self.peak,
-            warmup=self.warmup,
-            total=self.total,
-            start=self.done,
-            stop=self.stop,
-        ):
+        plan = {"peak": self.peak, "warmup": self.warmup, "total": self.total}
+        plan |= {"start": self.done, "stop": self.stop}
+        for step in train_steps(self.model, self.loader, self.optimizer, self.precision, **plan):
             yield step
             if self.watch.stop:
                 break
@@ -126,11 +115,11 @@ class Session(contextlib.ExitStack):
             raise Stopped(asked=self.watch.stop)
 
     def log(self, step: Step, **metrics: float) -> None:
-        """Write the step's metrics where it is time to, see `RunFolder.log`."""
+        """Write the metrics of a step if due, see `RunFolder.log`."""
         self.folder.log(step, self.config.run.log_every, **metrics)
 
     def save_if_due(self, step: Step) -> None:
-        """Read the stop and finite flags; save at the cadence, on request and at the end."""
+        """Read the stop and NaN flags; save if due, if a signal asked for it, and at the end."""
         self.done, watch = step.index + 1, self.watch
         due = self.checkpoints.due(step) or step.index == self.stop - 1
         watch.look(step, self.method, self.optimizer, saving=due)
@@ -139,11 +128,11 @@ class Session(contextlib.ExitStack):
             self.compare_replicas()
         if saving:
             self._save()
-        if watch.stop:  # a launcher ends all when the first has left
+        if watch.stop:  # torchrun ends all processes when the first exits
             distributed.barrier()
 
     def _save(self) -> None:
-        """Save all that the run needs to go on as if it had never stopped."""
+        """Write a checkpoint from which the run continues as if it had never stopped."""
         self.share_buffers()
         if self.processes.main:
             state = {
@@ -158,7 +147,7 @@ class Session(contextlib.ExitStack):
             self.checkpoints.save(self.done, state)
 
     def finish(self, result: dict, classifier: Callable[[], dict] | None = None) -> None:
-        """Write encoder.pt, result.json and what `classifier` gives, for all ranks."""
+        """Write encoder.pt, result.json, and classifier.pt if there is a `classifier`."""
         if self.processes.main:
             out = self.folder.out
             save_encoder(out / "encoder.pt", self.method.encoder, self.meta)
@@ -168,28 +157,28 @@ class Session(contextlib.ExitStack):
         distributed.barrier()
 
     def history(self) -> list[dict]:
-        """The metrics of the steps before the one that the run goes on from."""
+        """The metrics of the steps done before this start."""
         rows = read_metrics(self.folder.out / "metrics.jsonl")
         return [row for row in rows if row["step"] < self.done]
 
     def compare_replicas(self) -> None:
-        """RunError, on all ranks alike, where they stand at other steps or hold other weights."""
+        """RunError, on all ranks, if their number of steps or their weights differ."""
         if self.processes.world_size > 1:
-            from training.replicas import compare_replicas  # of no use to a single process
+            from training.replicas import compare_replicas  # only for several processes
 
-            local = self.config.run.batch_norm == "local"  # then buffers differ
+            local = self.config.run.batch_norm == "local"  # then the buffers differ
             compare_replicas(self.method, self.done, local)
 
     def share_buffers(self) -> None:
-        """Before evaluating and saving: with local batch norm, rank 0's buffers for all."""
+        """With local batch norm, give all ranks rank 0's buffers before an evaluation or a save."""
         if self.processes.world_size > 1 and self.config.run.batch_norm == "local":
-            from training.replicas import broadcast_buffers  # of no use to a single process
+            from training.replicas import broadcast_buffers  # only for several processes
 
             broadcast_buffers(self.method)
 
 
 def groups_of(method, weight_decay: float) -> list[dict]:
-    """A method's parameter groups as lists; RunError where one of its parameters is in none."""
+    """The method's parameter groups; RunError if one of its trained parameters is in none."""
     groups = [g | {"params": [*g["params"]]} for g in method.parameter_groups(weight_decay)]
     grouped = {id(p) for group in groups for p in group["params"]}
     for name, parameter in method.named_parameters():

@@ -1,7 +1,7 @@
-"""When to stop: signals and non-finite values, decided by all processes together.
+"""Stopping on signals and on values that are not finite, at the same step on all ranks.
 
-A handler only sets a flag.  Flags are summed over the processes and read every --check-every
-steps and before each checkpoint, so that all ranks stop at the same step.
+A signal handler only sets a flag.  The flags are summed over the processes and read every
+--check-every steps and before each checkpoint.
 """
 
 import os
@@ -15,20 +15,20 @@ from torch import nn
 from core.errors import RunError
 from training.distributed import Processes, sum_over_ranks
 
-SAME = 2.0  # seconds: Ctrl-C arrives twice, from the terminal and from torchrun
-SKIPS = 50  # steps in a row that the gradient scaler may skip; it has halved its scale as often
+SAME = 2.0  # seconds; Ctrl-C arrives twice, from the terminal and from torchrun
+SKIPS = 50  # steps in a row that the gradient scaler may skip, halving its scale each time
 
 
 def hangup_ignored() -> bool:
-    """Whether SIGHUP (a closed terminal) is ignored, as under nohup, or missing, as on Windows."""
+    """Whether SIGHUP (terminal closed) is ignored, as under nohup, or missing, as on Windows."""
     number = getattr(signal, "SIGHUP", None)
     return number is None or signal.getsignal(number) == signal.SIG_IGN
 
 
 def handle(name: str, handler):
-    """Set the handler of a signal; returns the previous one.
+    """Set the handler of a signal and return the previous one.
 
-    None, and nothing is set, where the system has no such signal (Windows) and in a thread.
+    Does nothing and returns None if the system lacks the signal (Windows), and in a thread.
     """
     number = getattr(signal, name, None)
     if number is None or threading.current_thread() is not threading.main_thread():
@@ -37,17 +37,17 @@ def handle(name: str, handler):
 
 
 class Watch:
-    """Signal flags and the finite flag of one run; use as a context manager.
+    """Context that handles the signals of a run, and checks that its values are finite.
 
-    SIGTERM, SIGINT and SIGHUP ask to save and stop (once more after SAME seconds: ends at once),
-    SIGUSR1 to save and go on.  SIGHUP stays ignored where it was (nohup).
+    SIGTERM, SIGINT and SIGHUP save and stop the run (a second one after SAME seconds ends it at
+    once); SIGUSR1 saves and continues.  SIGHUP stays ignored under nohup.
     After `look`, `stop` and `save` are the same on all ranks.
     """
 
     def __init__(self, processes: Processes, check_every: int = 0) -> None:
         self.every = check_every or (20 if processes.device.type == "cuda" else 1)
         self.flags = torch.zeros(3, device=processes.device)  # stop, save, not finite
-        self.asked_stop, self.asked_save = 0.0, False  # the time it was asked
+        self.asked_stop, self.asked_save = 0.0, False  # time of the first stop signal
         self.stop = self.save = False
         self.skipped = 0
 
@@ -72,7 +72,7 @@ class Watch:
                 handle(name, handler)
 
     def look(self, step, model: nn.Module, optimizer=None, saving: bool = False) -> None:
-        """Read the flags where it is time to, or before a save; RunError on all ranks alike."""
+        """Read the flags if due or before a save; RunError, on all ranks, for non-finite values."""
         self.skipped = 0 if step.applied else self.skipped + 1
         if step.applied:
             self.flags[2] += ~torch.isfinite(step.loss)
@@ -85,7 +85,7 @@ class Watch:
         self.stop, self.save = stop > 0, save > 0
         if self.save:
             self.asked_save = False
-        if saving or step.last or self.stop or self.save:  # the state is not looked at otherwise
+        if saving or step.last or self.stop or self.save:  # only then are all weights checked
             values = [*model.state_dict().values()]
             for state in optimizer.state.values() if optimizer else ():
                 values += [v for v in state.values() if isinstance(v, torch.Tensor)]

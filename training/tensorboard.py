@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard: curves in groups, settings, views."""
+"""TensorBoard: metrics in groups, settings, and a picture of views."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-GROUPS = {  # of TensorBoard's scalars; all others are losses and what a method logs beside them
+GROUPS = {  # of scalars in TensorBoard; all others are in "loss"
     "lr": "schedule",
     "tau": "schedule",
     "images_per_second": "speed",
@@ -17,14 +17,14 @@ GROUPS = {  # of TensorBoard's scalars; all others are losses and what a method 
 
 
 def tag(name: str) -> str:
-    """A metric's name in TensorBoard, with its group: std/representation -> collapse/std ..."""
+    """A metric's name in TensorBoard: lr -> schedule/lr, std/y -> collapse/std y."""
     if "/" in name:
         return "collapse/" + name.replace("/", " ")
     return f"{GROUPS.get(name, 'loss')}/{name}"
 
 
 class TensorBoard(SummaryWriter):
-    """The events of the run in `out`; those of steps from `start` on are hidden after a resume."""
+    """Writer of the events in `out`; a resume hides older events of steps from `start` on."""
 
     def __init__(self, out: Path, start: int) -> None:
         super().__init__(str(out), purge_step=start or None)

@@ -1,4 +1,4 @@
-"""From a file to an encoder: `encoder.pt`, run folders, checkpoints, other projects' files."""
+"""Encoders from files: encoder.pt, run folders, checkpoints, other projects' files."""
 
 import json
 import re
@@ -13,15 +13,15 @@ from core.errors import UserError
 from core.files import locked, read_json
 from training.encoder import EncoderConfig, build_encoder
 
-SHAPE = ("arch", "stem", "width")  # in the meta data of every file that this project writes
-# how the inputs of torchvision's ImageNet weights are made, as an encoder.pt would say it
+SHAPE = ("arch", "stem", "width")  # in the metadata of every file that this project writes
+# metadata for torchvision's ImageNet weights: how their inputs are made
 TORCHVISION = {
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
     "frame": [256, 224],
     "stored": 256,
 }
-# words in the name of a network that is a moving average of another one
+# words in the names of networks that are moving averages of another
 AVERAGES = set("momentum target teacher ema k key swa avg average averaged polyak shadow".split())
 
 
@@ -29,10 +29,10 @@ AVERAGES = set("momentum target teacher ema k key swa avg average averaged polya
 class Weights:
     """The content of a file of weights.
 
-    tensors   all of the file: ".state_dict.conv1.weight" -> tensor, ...
-    meta      of an encoder.pt; empty for files of other projects
-    config    of the run that wrote the file
-    prefix    name of the network that is meant, from FILE:PREFIX
+    tensors   all in the file: {".state_dict.conv1.weight": tensor, ...}
+    meta      metadata of an encoder.pt; empty for files of other projects
+    config    settings of the run that wrote the file
+    prefix    PREFIX of FILE:PREFIX, the name of a network in the file
     """
 
     tensors: dict[str, Tensor]
@@ -42,17 +42,17 @@ class Weights:
     prefix: str | None
 
     def normalization(self, images) -> tuple[list[float], list[float]]:
-        """Mean and std of the inputs in training; those of `images` where the file has none."""
+        """Mean and std that the inputs were normalized with; those of `images` if unknown."""
         if {"mean", "std"} <= self.meta.keys():
             return self.meta["mean"], self.meta["std"]
         return images.statistics()
 
     def encoder(self, config: EncoderConfig, source: str) -> nn.Module:
-        """The encoder that `config` describes, with these weights; UserError where they don't fit.
+        """The encoder that `config` describes, with these weights; UserError if they don't fit.
 
         source   names the file in errors
         """
-        for key in SHAPE:  # the stems have equal shapes, so tensors alone don't tell them apart
+        for key in SHAPE:  # tensors of different stems may have equal shapes
             expected = getattr(config, key)
             made = self.meta.get(key, expected)
             if made != expected:
@@ -66,8 +66,8 @@ class Weights:
 def read_weights(path: str | Path, flag: str = "--ckpt") -> Weights:
     """Weights from a run folder, one of its checkpoints, an encoder.pt, or any file of tensors.
 
-    path   FILE:PREFIX names one network of several in a file
-    UserError where there are no weights.
+    path   FILE, or FILE:PREFIX for one of several networks in a file
+    UserError if there are no weights.
     """
     file, _, prefix = str(path).rpartition(":")
     if Path(file).is_file() and not Path(path).exists():
@@ -96,7 +96,7 @@ def load_file(path: Path, flag: str) -> dict:
     try:
         if path.suffix == ".safetensors":
             return _load_safetensors(path)
-        if zipfile.is_zipfile(path):  # torch.load doesn't look at the checksums inside
+        if zipfile.is_zipfile(path):  # torch.load ignores the checksums in the archive
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise zipfile.BadZipFile
@@ -106,7 +106,7 @@ def load_file(path: Path, flag: str) -> dict:
         raise UserError(f"{flag} {path}: {text}") from None
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror or error}") from None
-    except Exception as error:  # torch raises many kinds for bytes that are no checkpoint
+    except Exception as error:  # torch raises many types for invalid files
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"holds {code[1]}, which could run code" if code else "no checkpoint, or damaged"
         text = "save tensors alone: torch.save(model.state_dict(), 'weights.pth')"
@@ -117,7 +117,7 @@ def load_file(path: Path, flag: str) -> dict:
 
 
 def _load_safetensors(path: Path) -> dict:
-    """The tensors, and the meta data that eval.export writes."""
+    """The tensors, and the metadata that eval.export writes."""
     from safetensors import safe_open  # an optional extra
 
     with safe_open(path, "pt") as file:
@@ -128,7 +128,7 @@ def _load_safetensors(path: Path) -> dict:
 
 
 def flatten(value, name: str = "") -> dict[str, Tensor]:
-    """All tensors in nested dictionaries and lists: ".key.key" -> tensor."""
+    """All tensors in nested dictionaries and lists: {".key.key": tensor, ...}."""
     if isinstance(value, Tensor):
         return {name: value}
     if isinstance(value, list | tuple):
@@ -143,17 +143,18 @@ def flatten(value, name: str = "") -> dict[str, Tensor]:
 def find_network(
     tensors: dict[str, Tensor], expected: dict[str, Tensor], source: str, prefix: str | None
 ) -> dict[str, Tensor]:
-    """The state dict in a file that has the names and shapes of `expected`.
+    """The state dict among `tensors` that has the names and shapes of `expected`.
 
-    prefix   the network's name in the file, or a part of it between dots; None: any
-    Moving averages count only where there is no other network.  Where no shapes are right: the one
-    that shares most names.  UserError, which names the file by `source`, for none and for several.
+    prefix   the network's name in the file, or a part of it between dots; None: any name
+    Moving averages are used only if there is no other network.  If no shapes fit: the network with
+    most names in common.  UserError, which names the file by `source`, for none and for several.
     """
     networks = _candidates(tensors, expected)
     if prefix is not None:
         networks = {n: s for n, s in networks.items() if f".{prefix.strip('.')}." in f".{n}."}
     if not networks:
-        raise UserError(f"{source}: no network in it has that name and a {next(iter(expected))}")
+        name = f" named {prefix}" if prefix else ""
+        raise UserError(f"{source}: no network{name} with a tensor {next(iter(expected))} in it")
     complete = {n: s for n, s in networks.items() if _shapes(s) == _shapes(expected)}
     if not complete:
         return max(networks.values(), key=lambda state: len(state.keys() & expected.keys()))
@@ -161,8 +162,8 @@ def find_network(
     first, *others = (complete[name] for name in chosen)
     if any(not torch.equal(first[key], other[key]) for other in others for key in _shapes(first)):
         raise UserError(
-            f"{source}: holds several networks of this shape ({', '.join(chosen)}); name the one "
-            f"that is meant behind a colon, as in FILE:{chosen[-1]}"
+            f"{source}: holds several networks of this shape ({', '.join(chosen)}); choose "
+            f"one with a colon, as in FILE:{chosen[-1]}"
         )
     return complete[chosen[0]]
 
@@ -173,7 +174,7 @@ def _words(name: str) -> set[str]:
 
 
 def _candidates(tensors: dict, expected: dict) -> dict[str, dict[str, Tensor]]:
-    """Name -> state dict of all networks that begin like `expected`, whatever their prefix."""
+    """Name -> state dict of all networks whose first tensor is named as in `expected`."""
     networks, first = {}, next(iter(expected))
     for start in (first, f"0.{first.partition('.')[2]}"):  # nn.Sequential numbers its children
         for prefix in [k.removesuffix(start) for k in tensors if k.endswith(f".{start}")]:
@@ -184,9 +185,9 @@ def _candidates(tensors: dict, expected: dict) -> dict[str, dict[str, Tensor]]:
 
 
 def _renamed(state: dict, expected: dict, numbered: bool) -> dict[str, Tensor]:
-    """`state` with the names of `expected`, without the heads.
+    """The encoder's part of `state`, with the names of `expected`.
 
-    numbered   its children are numbers, in the order of those of `expected`
+    numbered   the children in `state` are numbers, in the order of those in `expected`
     """
     children = theirs = list(dict.fromkeys(name.split(".")[0] for name in expected))
     if numbered:
@@ -196,21 +197,21 @@ def _renamed(state: dict, expected: dict, numbered: bool) -> dict[str, Tensor]:
         child = key.split(".")[0]
         if child in names:
             name = names[child] + key.removeprefix(child)
-            if name not in expected:  # as pytorch-cifar, SupContrast and lightly call it
+            if name not in expected:  # the name in pytorch-cifar, SupContrast and lightly
                 name = name.replace(".shortcut.", ".downsample.")
             renamed[name] = value
     return renamed
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
-    """Without the batch norms' counters, which older files lack and torch sets to 0."""
+    """Shapes without the batch norms' counters, which older files lack and torch sets to 0."""
     return {k: v.shape for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
 def load_state(module: nn.Module, state: dict, source: str, what: str) -> None:
-    """Load `state` into the module; UserError unless it has just its tensors, all finite.
+    """Load `state` into the module; UserError if names or shapes differ or a value is not finite.
 
-    source, what   the file and the settings that don't fit each other, in the error
+    source, what   names of the file and the settings in the error
     """
     for name, value in module.state_dict().items():
         dtype = state[name].dtype if name in state else value.dtype
@@ -218,7 +219,7 @@ def load_state(module: nn.Module, state: dict, source: str, what: str) -> None:
             raise UserError(f"{source}: {name} holds {dtype} values; save it as floating point")
     try:
         module.load_state_dict(state)
-    except RuntimeError as error:  # it lists all names and shapes that don't fit
+    except RuntimeError as error:  # lists all names and shapes that differ
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source} does not fit {what}: {reason}") from None
     for name, value in module.state_dict().items():
@@ -227,14 +228,14 @@ def load_state(module: nn.Module, state: dict, source: str, what: str) -> None:
 
 
 def initial_weights(config: EncoderConfig) -> Weights:
-    """What --init names: torchvision's weights of ImageNet, or a file."""
+    """The weights that --init names: torchvision's for ImageNet, or a file."""
     if config.init == "imagenet":
         return replace(read_weights(imagenet_file(config), "--init"), meta=TORCHVISION)
     return read_weights(config.init, "--init")
 
 
 def imagenet_file(config: EncoderConfig) -> Path:
-    """torchvision's ImageNet weights in torch's cache; downloaded by one process if missing."""
+    """Path of torchvision's ImageNet weights in torch's cache; one process downloads them."""
     from torchvision import models
 
     stem, width = config.stem, config.width
@@ -246,9 +247,9 @@ def imagenet_file(config: EncoderConfig) -> Path:
         return path
     with locked(path.with_suffix(".lock"), "--init imagenet"):
         try:
-            if not path.exists():  # another process may have fetched it while this one waited
+            if not path.exists():  # another process may have downloaded it meanwhile
                 torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2])
-        except Exception as error:  # urllib and torch.hub raise many kinds
+        except Exception as error:  # urllib and torch.hub raise many types
             reason = str(error).partition("\n")[0] or type(error).__name__
             text = f"could not fetch {url} ({reason}); put that file at {path}"
             raise UserError(f"--init imagenet: {text}") from None
