@@ -1,7 +1,7 @@
 """Train encoder and classifier together on the labelled images, from a pretrained encoder.
 
 python finetune.py --ckpt runs/byol-sample --labels 100
-python finetune.py --ckpt runs/byol-stl10 --sweep      # rate and epochs chosen as in the paper
+python finetune.py --ckpt runs/byol-stl10 --sweep   # rate and epochs chosen as in the paper
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from training.run_folder import say
 
 @dataclass(kw_only=True)
 class CkptTrainConfig(CkptConfig, supervised.Config):
-    """The settings of a labelled training that begins with the encoder of --ckpt."""
+    """Settings of a supervised training that starts from the encoder of --ckpt."""
 
     data: datasets.LabelledData
 
@@ -29,19 +29,19 @@ Config = with_method(CkptTrainConfig, Finetune)
 
 
 def configure(argv: list[str]) -> Config:
-    """The settings by the command line; data set, sizes and encoder come from --ckpt."""
+    """The settings from the command line; data set, sizes and encoder default to --ckpt's."""
     return settings(parse(Config, argv, __doc__))
 
 
 def settings(typed: dict) -> Config:
-    """The settings by what was typed, see `make_config`."""
+    """The settings from parsed flags, {"optim.lr": 0.2, ...}; fills in the default --out."""
     config = ckpt_config(Config, typed)
     config.run.out = config.run.out or folder_beside(config, "finetune", *config.kinds())
     return config
 
 
 def run(config: Config, processes: Processes) -> dict:
-    """Fine-tune the encoder of --ckpt; returns what result.json holds."""
+    """Fine-tune the encoder of --ckpt; returns the content of result.json."""
     say(processes, f"fine-tuning the encoder of {config.ckpt}")
     more = {"pretrain_seed": config.weights.meta.get("seed")}
     return train_all(config, Job(Finetune, partial(from_config, config), processes, more))

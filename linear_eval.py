@@ -1,7 +1,7 @@
-"""Measure the frozen features of a pretrained encoder with a classifier on top.
+"""Evaluate the frozen features of a pretrained encoder: linear, MLP or k-NN classifier.
 
 python linear_eval.py --ckpt runs/byol-stl10
-python linear_eval.py --ckpt runs/byol-stl10 --protocol augmented     # as the paper does it
+python linear_eval.py --ckpt runs/byol-stl10 --protocol augmented     # the paper's protocol
 python linear_eval.py --ckpt runs/byol-stl10 --folds                  # STL-10's official protocol
 python linear_eval.py --ckpt runs/byol-sample --head mlp --labels 100
 """
@@ -41,7 +41,7 @@ from training.run_folder import RunFolder, say
 
 @dataclass(kw_only=True)
 class Config(CkptConfig):
-    """The settings of an evaluation."""
+    """Settings of an evaluation on frozen features."""
 
     data: datasets.LabelledData
     run: EvalRun
@@ -55,14 +55,14 @@ class Config(CkptConfig):
     )
     protocol: str = option(
         "features",
-        "features computed once, or a linear layer trained on random crops",
+        "train on features computed once, or on features of random crops",
         choices=("features", "augmented"),
     )
     folds: bool = option(False, "stl10: each of the ten folds, mean and standard deviation")
 
 
 def configure(argv: list[str]) -> Config:
-    """The settings by the command line; data set, sizes and encoder come from --ckpt."""
+    """The settings from the command line; data set, sizes and encoder default to --ckpt's."""
     config = ckpt_config(Config, parse(Config, argv, __doc__))
     if config.protocol == "augmented" and config.head != "linear":
         raise UserError(f"--protocol augmented is for --head linear, not {config.head}")
@@ -74,7 +74,7 @@ def configure(argv: list[str]) -> Config:
 
 
 def run(config: Config, processes: Processes) -> dict:
-    """Fit the head on frozen features and measure it; returns what result.json holds."""
+    """Fit the head on frozen features and measure it; returns the content of result.json."""
     out, started = Path(config.run.out), time.perf_counter()
     data = datasets.load(config.data)
     splits = [evaluation(data, d) for d in each_fold(config.data, config.folds)]
@@ -115,7 +115,7 @@ def run(config: Config, processes: Processes) -> dict:
 
 
 def save_classifier(path: Path, config, frozen: FrozenEncoder, classifier, classes) -> None:
-    """Write the encoder, the head on it and the names of the classes, for `eval.predict`."""
+    """Write classifier.pt: encoder, head, feature statistics and class names."""
     e = config.encoder
     meta = config.weights.meta | dict(arch=e.arch, stem=e.stem, width=e.width)
     content = {
@@ -130,14 +130,14 @@ def save_classifier(path: Path, config, frozen: FrozenEncoder, classifier, class
 
 
 def evaluate(config, frozen: FrozenEncoder, features: Features, split: Split):
-    """(metrics, classifier) of one split; nearest neighbors have no classifier."""
+    """(metrics, classifier) of one split; the classifier is None for --head knn."""
     classes = len(split.train.class_names)
     test, truth = features(split.test), torch.from_numpy(split.test.labels)
     if config.head == "knn":
-        known = features(split.train), torch.from_numpy(split.train.labels), test, truth
+        data = features(split.train), torch.from_numpy(split.train.labels), test, truth
         few, usual, many = (min(k, len(split.train)) for k in (5, 20, 200))
-        metrics = {f"cosine_{k}nn": round(knn_top1(*known, k=k), 4) for k in (few, usual, many)}
-        metrics[f"euclidean_{few}nn"] = round(knn_top1(*known, k=few, euclidean=True), 4)
+        metrics = {f"cosine_{k}nn": round(knn_top1(*data, k=k), 4) for k in (few, usual, many)}
+        metrics[f"euclidean_{few}nn"] = round(knn_top1(*data, k=few, euclidean=True), 4)
         return {"top1": metrics[f"cosine_{usual}nn"], **metrics}, None
     if config.protocol == "augmented":
         crop, seed = config.data.crop_size, config.run.seed

@@ -1,16 +1,17 @@
-"""Every row of the results table for one recipe: controls, baseline, pretraining, evaluations.
+"""Measure the results table of a recipe: controls, baseline, pretraining, evaluations.
 
     python reproduce.py --recipe recipes/sample.toml --out runs/sample
     python reproduce.py --recipe recipes/sample.toml --methods byol simsiam dino --steps 1800
 
-Several methods share one budget: data, steps, batch and views are the recipe's (but for DINO's
-views); a method's table in the recipe may set its rate and the like.  Their table has accuracy on
-frozen features, its spread over seeds, and speed.  Flags of [optim], such as --steps, are
-pretraining's.
+Several methods get the recipe's data, steps, batch size and views (DINO has its own views); a
+method's table in the recipe may set its learning rate and other options.  Their table has accuracy
+on frozen features, its standard deviation over seeds, and images per second.
 
-Interrupt it at any time: what is done is skipped when it is started again.  To choose settings, add
-`--evaluate-on validation --reproduce.first-draw 1000`: accuracy is then measured on labelled train
-images outside the draws from 1000 on, which no table reports.
+Flags of [optim], such as --steps, are for pretraining alone.  After an interruption, the same
+command skips what is done.
+
+To choose settings, add `--evaluate-on validation --reproduce.first-draw 1000`: this measures on
+labelled train images outside the label draw, and takes draws that are in no published table.
 """
 
 import dataclasses
@@ -54,12 +55,12 @@ from training.method import Method
 from training.optimizers import OptimConfig
 from training.run_folder import git_commit, read_metrics, say
 
-SHARED = ("recipe", "data", "encoder", "run")  # what is typed for these holds for all runs
+SHARED = ("recipe", "data", "encoder", "run")  # flags of these tables apply to all runs
 
 
 @dataclass
 class ReproduceConfig:
-    """[reproduce]: which rows, how often."""
+    """[reproduce]: label budgets, draws and seeds of the table."""
 
     title: str = option("Results", "heading of the table")
     budgets: list[int] = option([100, 500], "label budgets", low=1)
@@ -72,7 +73,7 @@ class ReproduceConfig:
 
 @dataclass(kw_only=True)
 class Config(options.Config):
-    """The settings of a whole table."""
+    """Settings of a whole table."""
 
     data: datasets.TableData
     encoder: NewEncoderConfig
@@ -93,7 +94,7 @@ def method_of(name: str) -> type[Method]:
         raise UserError(f"--methods {name}: no file variants/{file}.py; byol, simsiam, dino, ...?")
     module = importlib.import_module(f"variants.{file}")
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method)]
-    classes = [c for c in classes if c.__module__ == module.__name__]  # not the imported ones
+    classes = [c for c in classes if c.__module__ == module.__name__]  # defined there, not imported
     chosen = [c for c in classes if wanted in ("", c.__name__)]
     if len(chosen) != 1:
         names = ", ".join(f"{file}:{c.__name__}" for c in classes) or "no method"
@@ -102,7 +103,7 @@ def method_of(name: str) -> type[Method]:
 
 
 def configure(argv: list[str]) -> Config:
-    """The settings of the table; UserError for a mistake in those of any of its runs."""
+    """The settings from the command line; UserError for a mistake in those of any of the runs."""
     config = make_config(Config, parse(Config, argv, __doc__))
     if not config.recipe:
         raise UserError("--recipe is missing: name one of recipes/*.toml")
@@ -120,13 +121,13 @@ def configure(argv: list[str]) -> Config:
 
 
 def pretraining_settings(config: Config) -> list[train_byol.Config]:
-    """The settings of pretraining by each method; UserError where its table has a mistake."""
+    """The pretraining settings of each method; UserError where its table has a mistake."""
     typed = {k: v for k, v in config.typed.items() if k == "recipe" or k.startswith("optim.")}
     return [train_byol.settings(typed, method_of(name)) for name in config.methods]
 
 
 def check_budgets(config: Config) -> None:
-    """UserError where a budget is smaller than a batch of the baseline or of fine-tuning."""
+    """UserError where a budget is smaller than the batch size of baseline or fine-tuning."""
     budget = min(config.reproduce.budgets)
     for method in (Baseline, Finetune):
         settings = make_config(with_method(supervised.Config, method), {"recipe": config.recipe})
@@ -136,7 +137,7 @@ def check_budgets(config: Config) -> None:
 
 
 class Table:
-    """What all rows share: the settings, the data, and the cells that are measured already."""
+    """What all rows share: settings, data, and the cells measured so far."""
 
     def __init__(self, config: Config, processes: Processes) -> None:
         self.config, self.processes, self.out = config, processes, Path(config.run.out)
@@ -147,14 +148,14 @@ class Table:
             keep_settings(self.out / "settings.json", config)
         barrier()
         self.cells = Cells(self.out / "cells.jsonl", processes.main)
-        barrier()  # before the main process adds one
+        barrier()  # all have read before the main process adds a cell
 
     def check(self) -> None:
         """UserError where the data set is too small, before anything is measured."""
         for budget in self.config.reproduce.budgets:
             try:
                 self.split(budget, self.config.reproduce.first_draw)
-            except UserError as error:  # it names the flag of the scripts
+            except UserError as error:  # its text has the scripts' flag
                 raise UserError(str(error).replace("--labels", "--reproduce.budgets")) from None
         images, _ = self.data.pretraining(self.config.data.pretrain_on)
         batch = max(s.optim.batch_size for s in pretraining_settings(self.config))
@@ -163,13 +164,13 @@ class Table:
         eval_sizes(self.config.data, images.shape)
 
     def split(self, labels: int, draw: int) -> Split:
-        """The labelled images of one draw, and the images that are measured on."""
+        """The labelled images of one draw, and the images to measure on."""
         on = self.config.data.evaluate_on
         chosen = datasets.LabelledData(labels=labels, draw=draw, evaluate_on=on)
         return evaluation(self.data, chosen)
 
     def missing(self, name: str, init: str, seed: int, draws: int) -> list[Key]:
-        """Keys of the cells of one row that are not measured yet, `draws` at each label budget."""
+        """Keys of one row's cells that are not measured yet: `draws` label draws at each budget."""
         r, keys = self.config.reproduce, []
         for budget in r.budgets:
             count = 1 if budget == len(self.data.train) else draws  # all labels: one draw
@@ -178,7 +179,7 @@ class Table:
         return [key for key in keys if key not in self.cells]
 
     def add(self, key: Key, top1: float, seconds: float, protocol: str, images: int) -> None:
-        """Keep one cell and print it."""
+        """Store and print one measured cell."""
         values = dict(top1=round(top1, 4), seconds=round(seconds, 3), protocol=protocol)
         self.cells.add(key, **values, test_images=images)
         say(
@@ -188,7 +189,7 @@ class Table:
         )
 
     def typed(self, folder: str, more: dict, tables: tuple = SHARED) -> dict:
-        """The command line of a run: what was typed for `tables`, the run's folder, and `more`."""
+        """Flags of a run: those typed for `tables`, the run's folder, and `more`."""
         typed = {k: v for k, v in self.config.typed.items() if k.split(".")[0] in tables}
         return typed | {"run.out": str(self.out / folder), "run.resume": "auto"} | more
 
@@ -208,9 +209,9 @@ def keep_settings(path: Path, config: Config) -> None:
 
 
 def pixels(images: Images, side: int = 32) -> Tensor:
-    """Raw pixels as features: values in 0..1, at most `side` pixels high, (N, 3 * h * w).
+    """Raw pixels as features (N, 3 * h * w): values in 0..1, images at most `side` pixels high.
 
-    Gray images have one channel.
+    Gray images: (N, h * w).
     """
     height, blocks = min(side, images.shape[0]), torch.arange(len(images)).split(1024)
     x = torch.cat([frame(images.take(rows.numpy()), height, 0) for rows in blocks])
@@ -220,7 +221,7 @@ def pixels(images: Images, side: int = 32) -> Tensor:
 def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, build=None) -> None:
     """Measure rows on frozen features: {row name: linear | mlp | knn}, over budgets and draws.
 
-    build   function that gives the encoder and its EvalTransform; None for raw pixels
+    build   function that returns the encoder and its EvalTransform; None for raw pixels
     """
     c, cells = table.config, []
     for name, head in rows.items():
@@ -242,7 +243,7 @@ def frozen_rows(table: Table, rows: dict[str, str], init: str, seed: int, build=
 
 
 def control_rows(table: Table, inits: list[str]) -> None:
-    """Measure raw pixels, random encoders of the same shape, and untouched ImageNet features."""
+    """Measure raw pixels, random encoders of the same shape, and features of ImageNet weights."""
     frozen_rows(table, {"raw-pixels": "linear"}, "none", 0)
     for seed in range(table.config.reproduce.seeds):
         build = partial(starting_point, table, "random", seed)
@@ -253,10 +254,10 @@ def control_rows(table: Table, inits: list[str]) -> None:
 
 
 def starting_point(table: Table, init: str, seed: int):
-    """(encoder, its EvalTransform) as pretraining would start with them.
+    """The encoder and its EvalTransform that pretraining starts from.
 
-    A random encoder's batch norms keep running statistics of 0 and 1: with those of real images
-    the control is much weaker (31 instead of 55 % on the sample).
+    A random encoder's batch norms keep running means 0 and variances 1: with the statistics of real
+    images the control is much weaker (31 % instead of 55 % on the sample).
     """
     data = table.config.data
     images, _ = table.data.pretraining(data.pretrain_on)
@@ -265,7 +266,7 @@ def starting_point(table: Table, init: str, seed: int):
 
 
 def trained_rows(table: Table, name: str, init: str, seed: int, script, more: dict) -> None:
-    """Measure a row whose networks are trained on labels: runs of `script`, one folder a cell."""
+    """Measure a row of supervised trainings: one run of `script`, in its own folder, per cell."""
     quiet = dataclasses.replace(table.processes, quiet=True)
     for key in table.missing(name, init, seed, table.config.reproduce.trained_draws):
         folder = f"{name}-{init}/seed{seed}-labels{key.labels}-draw{key.draw}"
@@ -278,7 +279,7 @@ def trained_rows(table: Table, name: str, init: str, seed: int, script, more: di
 
 
 def pretrain(table: Table, method: type[Method], init: str, seed: int) -> Path:
-    """Pretrain, unless that is done; returns the run folder, which is inside the table's."""
+    """Pretrain unless that is done; returns the run folder, inside the table's folder."""
     folder = f"{method.name}-{init}-seed{seed}"
     typed = table.typed(folder, {"encoder.init": init, "run.seed": seed}, (*SHARED, "optim"))
     train_byol.run(train_byol.settings(typed, method), table.processes, method)
@@ -286,14 +287,14 @@ def pretrain(table: Table, method: type[Method], init: str, seed: int) -> Path:
 
 
 def prepare(config: Config) -> None:
-    """Fetch data and published weights, so that a missing one is an error before the first row."""
+    """Download data and published weights; what is missing is an error before the first row."""
     datasets.prepare(config.data)
     for init in config.reproduce.inits:
         fetch(EncoderConfig(**vars(config.encoder), init=init))
 
 
 def run(config: Config, processes: Processes) -> dict:
-    """Measure all rows, and write the table into --out; returns what its JSON files hold."""
+    """Measure all rows and write the table into --out; returns the content of its JSON files."""
     table, r = Table(config, processes), config.reproduce
     methods = [method_of(name) for name in config.methods]
     alone = len(methods) == 1
@@ -317,7 +318,7 @@ def run(config: Config, processes: Processes) -> dict:
 def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
     """Write methods.json, methods.md and methods.png; print the table.
 
-    folders   the pretraining runs of each method by its name
+    folders   method's name -> folders of its pretraining runs, one for each seed
     """
     rows, budgets, out = [], table.config.reproduce.budgets, table.out
     for name, runs in folders.items():
@@ -343,7 +344,7 @@ def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
 def write_results(table: Table, folders: dict[str, list[Path]]) -> dict:
     """Write results.json, claims.json, results.md, results.png, curves.png; print the table.
 
-    folders   the pretraining runs of the one method by its name
+    folders   name of the one method -> folders of its pretraining runs
     """
     ((method, runs),) = folders.items()
     rows, claims = table.cells.rows(), table.cells.claims(method)
@@ -369,19 +370,19 @@ def notes(table: Table, rows: list[dict], runs: list[Path]) -> list[str]:
     threads = read_json(runs[0] / "config.json")["threads"]
     lines = [
         f"{data.dataset}: measured on {rows[0]['test_images']:,} {data.evaluate_on} images. "
-        f"Pretraining took {seconds:.0f} s a seed on {p.world_size} x {p.device.type} "
+        f"Pretraining took {seconds:.0f} s per seed on {p.world_size} x {p.device.type} "
         f"({processor(p.device)}), {threads} threads; "
-        "`seconds` is the time of one cell beyond that and beyond extracting features.",
+        "`seconds` is the time of one cell, without pretraining and feature extraction.",
         "",
         f"`python reproduce.py {shlex.join(sys.argv[1:])}`, commit {git_commit()}.",
     ]
     if "imagenet" in table.config.reproduce.inits and data.dataset == "stl10":
-        lines += ["", "STL-10's images come from ImageNet: its weights have seen these classes."]
+        lines += ["", "STL-10's images come from ImageNet, whose weights have seen these classes."]
     return lines
 
 
 def processor(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU as far as the system tells."""
+    """The GPU's name, or the CPU's as far as the system tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""Train a supervised classifier from the labelled images alone: what pretraining has to beat.
+"""Train a supervised classifier on the labelled images alone, the baseline of pretraining.
 
 python train_baseline.py --recipe recipes/sample.toml --labels 100
 torchrun train_baseline.py --gpus 4 --dataset stl10 --folds
@@ -18,12 +18,12 @@ Config = with_method(supervised.Config, Baseline)
 
 
 def configure(argv: list[str]) -> Config:
-    """The settings by the command line."""
+    """The settings from the command line."""
     return settings(parse(Config, argv, __doc__))
 
 
 def settings(typed: dict) -> Config:
-    """The settings by what was typed, see `make_config`."""
+    """The settings from parsed flags, {"optim.lr": 0.2, ...}; fills in the default --out."""
     config = make_config(Config, typed)
     name = "-".join(["baseline", config.data.dataset, *config.kinds()])
     config.run.out = config.run.out or f"runs/{name}"
@@ -31,7 +31,7 @@ def settings(typed: dict) -> Config:
 
 
 def run(config: Config, processes: Processes) -> dict:
-    """Train from --init on the labelled images; returns what result.json holds."""
+    """Train from --init on the labelled images; returns the content of result.json."""
     start = partial(train_byol.start, config.encoder, config.data, seed=config.run.seed)
     return train_all(config, Job(Baseline, start, processes))
 

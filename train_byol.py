@@ -4,7 +4,7 @@
     torchrun train_byol.py --gpus 4 --dataset stl10 --download
     python train_byol.py --dataset folder --data-root my_images --out runs/mine
 
-`python -m variants.NAME` trains another method by the same code.
+`python -m variants.NAME` trains another method with the same code.
 """
 
 import shlex
@@ -36,7 +36,7 @@ from training.stopping import Watch
 
 @dataclass(kw_only=True)
 class Config(options.Config):
-    """The settings of a pretraining run; the method's own table is added to them."""
+    """Settings of a pretraining run; `with_method` adds the method's own table."""
 
     data: datasets.PretrainData
     encoder: EncoderConfig
@@ -47,21 +47,21 @@ class Config(options.Config):
 
 
 def configure(argv: list[str], method_class: type[Method] = BYOL) -> Config:
-    """The settings by the command line."""
+    """The settings from the command line."""
     text = __doc__ if method_class is BYOL else sys.modules[method_class.__module__].__doc__
     typed = options.parse(options.with_method(Config, method_class), argv, text)
     return settings(typed, method_class)
 
 
 def settings(typed: dict, method_class: type[Method] = BYOL) -> Config:
-    """The settings by what was typed, see `options.make_config`."""
+    """The settings from parsed flags, {"optim.lr": 0.2, ...}; fills in the default --out."""
     config = options.make_config(options.with_method(Config, method_class), typed)
     config.run.out = config.run.out or f"runs/{method_class.name}-{config.data.dataset}"
     return config
 
 
 def run(config: Config, processes: Processes, method_class: type[Method] = BYOL) -> dict:
-    """Pretrain; returns what result.json holds.  The run folder then has encoder.pt."""
+    """Pretrain and write encoder.pt into the run folder; returns the content of result.json."""
     out = Path(config.run.out)
     if result := finished(out, config):
         say(processes, f"{out} is complete; nothing to do")
@@ -100,24 +100,24 @@ def run(config: Config, processes: Processes, method_class: type[Method] = BYOL)
 
 
 def add_probe(method: Method, data: datasets.Dataset, labels):
-    """The method with a linear probe, and the labels without those of the held-out images."""
+    """The method with a linear probe, and the labels with -1 for the held-out images."""
     if labels is None or labels.max() < 1:
         raise UserError("--online-probe: needs labelled images of two classes or more")
-    from eval.probe import OnlineProbe, hold_out_labels  # of no use to other runs
+    from eval.probe import OnlineProbe, hold_out_labels  # other runs start faster without it
 
     labels = hold_out_labels(labels, data.train_labels)
     return OnlineProbe(method, len(data.class_names)), labels
 
 
 def start(encoder: EncoderConfig, data: datasets.DataConfig, images: Images, seed: int):
-    """The encoder as --init says, and the EvalTransform that goes with it and the images."""
+    """The encoder with the weights of --init, and the EvalTransform for it and the images."""
     torch.manual_seed(seed)
     network, mean, std = initialize(encoder, images)
     return network, EvalTransform.of(data, images.shape, mean, std)
 
 
 def train(session: Session, online: OnlineEval, processes: Processes) -> dict:
-    """The loop; returns what result.json holds, with the last metrics."""
+    """Train with online evaluation; returns result.json's content, with the last metrics."""
     metrics = {}
     for step in session.steps():  # forward, backward, optimizer, moving average: training/loop.py
         now = {}
@@ -125,12 +125,12 @@ def train(session: Session, online: OnlineEval, processes: Processes) -> dict:
             session.share_buffers()
             now, warnings = online.measure(session.method, step.index)
             metrics = now
-            session.folder.clock += online.seconds  # images per second are those of training
+            session.folder.clock += online.seconds  # images_per_second is of training alone
             for text in warnings:
                 warn(processes, f"step {step.index + 1}: {text}; see docs/evaluation.md")
         session.log(step, **now)
         session.save_if_due(step)
-    if online.every and not metrics:  # resumed after the last step
+    if online.every and not metrics:  # resumed from the last step's checkpoint
         metrics, _ = online.measure(session.method, session.total - 1)
     return {
         "name": session.method.name,
@@ -143,7 +143,7 @@ def train(session: Session, online: OnlineEval, processes: Processes) -> dict:
 
 
 def report(result: dict, out: Path, processes: Processes) -> None:
-    """Print what came out, and the next command."""
+    """Print the results and the next command."""
     shown = ""
     for metric, words in {"knn_top1": "k-NN", "online_probe_top1": "online probe"}.items():
         if metric in result:
@@ -153,7 +153,7 @@ def report(result: dict, out: Path, processes: Processes) -> None:
 
 
 def prepare(config: Config) -> None:
-    """Fetch the data set, and the published weights that --init names."""
+    """Download the data set, and the published weights that --init names, if missing."""
     datasets.prepare(config.data)
     fetch(config.encoder)
 

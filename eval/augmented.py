@@ -1,4 +1,4 @@
-"""Linear evaluation as the paper does it: a layer trained on frozen features of random crops."""
+"""The paper's linear evaluation: a layer trained on frozen features of random crops."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class AugmentedConfig:
 def fit_augmented(
     frozen: FrozenEncoder, labelled: Labelled, config: AugmentedConfig, crop_size: int, seed: int
 ) -> Classifier:
-    """Choose the rate on a held-out fifth of `labelled`, then train on all of it."""
+    """Train a layer on `labelled`; of several rates, the best on a held-out fifth of it."""
     rates, trials = config.rates, {}
     if len(rates) > 1:
         part = labelled.hold_out()
@@ -46,7 +46,7 @@ def fit_augmented(
 def crops_of(
     frozen: FrozenEncoder, labelled: Labelled, config: AugmentedConfig, crop_size: int, seed: int
 ) -> Loader:
-    """Random crops and flips of labelled images, normalized as the encoder's inputs."""
+    """Loader of random crops and flips of `labelled`, normalized as for the encoder."""
     p, transform = frozen.processes, frozen.transform
     size = min(config.batch_size, len(labelled))
     return Loader(
@@ -72,7 +72,7 @@ def train_layers(
     crop_size: int,
     seed: int,
 ) -> list[nn.Linear]:
-    """One linear layer for each rate, trained side by side on the same forward passes."""
+    """One linear layer for each of `rates`, all trained on the same features in one loop."""
     p, encoder = frozen.processes, frozen.encoder.eval()
     loader = crops_of(frozen, labelled, config, crop_size, seed)
     classes, width = len(labelled.class_names), encoder.feature_size
@@ -88,7 +88,7 @@ def train_layers(
         ((views, labels),) = loader.batches(k)
         with torch.no_grad():
             features = all_gather(encoder(*views).float())
-        labels = all_gather(labels)  # from here on all ranks do the same
+        labels = all_gather(labels)  # all ranks hold the global batch and compute the same step
         optimizer.zero_grad()
         sum(cross_entropy(layer(features), labels) for layer in layers).backward()
         optimizer.step()

@@ -11,8 +11,8 @@ from core.errors import UserError
 from core.options import option
 from data.labelled import stratified_folds
 
-UNCHOSEN = 0.1  # strength where no image can be held out
-STRENGTHS = tuple(10 ** (e / 2) for e in range(2, -11, -1))  # 10 .. 1e-5, strong to weak
+UNCHOSEN = 0.1  # L2 strength where no image can be held out for cross-validation
+STRENGTHS = tuple(10 ** (e / 2) for e in range(2, -11, -1))  # 10 to 1e-5, decreasing
 
 
 @dataclass
@@ -38,8 +38,8 @@ class MLPConfig:
 class Classifier:
     """Standardization and a head: features (N, D) -> logits (N, classes).
 
-    chosen   the setting that was selected while fitting, in words
-    trials   held-out accuracy of each candidate
+    chosen   the setting selected by fitting, as text
+    trials   held-out top-1 of each candidate
     """
 
     mean: Tensor
@@ -58,12 +58,12 @@ class Classifier:
 
 
 def accuracy(logits: Tensor, labels) -> float:
-    """Top-1 in percent of logits (N, classes) against N labels."""
+    """Top-1 in percent of logits (N, classes) for labels (N,)."""
     return 100 * (logits.argmax(1) == torch.as_tensor(labels)).double().mean().item()
 
 
 def fit(head: str, features: Tensor, labels: np.ndarray, classes: int, linear, mlp, seed: int):
-    """A Classifier of features (N, D): head "linear" or "mlp", as its config says."""
+    """Fit a Classifier to features (N, D); `head` is "linear" or "mlp"."""
     labels = torch.from_numpy(labels)
     if head == "linear":
         return fit_linear(features, labels, classes, linear.strength)
@@ -71,7 +71,7 @@ def fit(head: str, features: Tensor, labels: np.ndarray, classes: int, linear, m
 
 
 def mean_and_std(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature (N, D); 1 for that of constant features."""
+    """Mean and standard deviation (D,) of features (N, D); std is 1 for constant features."""
     std = features.std(0, correction=0)
     return features.mean(0), torch.where(std > 1e-6, std, 1.0)
 
@@ -79,11 +79,11 @@ def mean_and_std(features: Tensor) -> tuple[Tensor, Tensor]:
 def logistic_regression(
     x: Tensor, labels: Tensor, start: Tensor, strength: float, tolerance: float = 1e-6
 ) -> Tensor:
-    """Minimize mean cross-entropy + strength/2 |W|^2 by L-BFGS; the intercept is free.
+    """Minimize mean cross-entropy + strength/2 |W|^2 by L-BFGS; intercepts are not penalized.
 
     x           (N, D) float64, standardized
-    start       (D + 1, classes): W above the intercepts, as is the result
-    tolerance   of the largest entry of the gradient
+    start       (D + 1, classes): W, and the intercepts in the last row; so is the result
+    tolerance   stop when no entry of the gradient is larger
     """
     theta = start.clone().requires_grad_(True)
     solver = torch.optim.LBFGS(
@@ -109,9 +109,10 @@ def logistic_regression(
 def choose_strength(features: Tensor, labels: Tensor, strengths=STRENGTHS) -> float:
     """The strength with the least cross-validated loss; UNCHOSEN if each class has one image.
 
-    Five stratified folds up to 2,000 images, one held-out fifth above; a class's only image is
-    never held out.  The loss decides, since with few labels it is much smoother than the accuracy.
-    Goes from strong to weak until the loss has risen twice, each solution started from the last.
+    Stratified folds: at most five, and no more than the smallest class has images; a class of one
+    image does not count, its image is never held out.  Above 2,000 images one fold is enough.
+    The loss decides, since with few labels it is much smoother than the accuracy.  Strengths are
+    tried from strong to weak until the loss has risen twice, each solution started from the last.
     """
     classes, counts = int(labels.max()) + 1, labels.bincount()
     if counts.max() < 2:
@@ -127,7 +128,7 @@ def choose_strength(features: Tensor, labels: Tensor, strengths=STRENGTHS) -> fl
     for strength in strengths:
         losses.append(0.0)
         for i, (x, y, held_x, held_y) in enumerate(problems):
-            # 1e-3 leaves 1e-4 of the loss, far below what separates two strengths
+            # at 1e-3 the loss is exact to 1e-4, less than two strengths differ by
             thetas[i] = logistic_regression(x, y, thetas[i], strength, 1e-3)
             logits = held_x @ thetas[i][:-1] + thetas[i][-1]
             losses[-1] += cross_entropy(logits, held_y, reduction="sum").item()
@@ -139,8 +140,8 @@ def choose_strength(features: Tensor, labels: Tensor, strengths=STRENGTHS) -> fl
 def row_span(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and std of features (N, D), and a basis (D, min(N, D)) of the standardized rows' span.
 
-    With fewer images than dimensions the minimizer lies in that span: regression on N coordinates
-    has the same solution as on D.
+    With fewer images than dimensions, the L2-penalized W lies in that span, so regression on N
+    coordinates has the same solution as on D.
     """
     mean, std = mean_and_std(features)
     if features.shape[0] >= features.shape[1]:
@@ -149,7 +150,7 @@ def row_span(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, strength: float = 0) -> Classifier:
-    """Logistic regression on standardized features; strength 0: see `choose_strength`."""
+    """Logistic regression on standardized features; strength 0 calls `choose_strength`."""
     remark = ""
     if not strength:
         strength = choose_strength(features, labels)
@@ -167,7 +168,7 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, strength: float =
 
 
 def mlp_head(features: int, hidden: int, classes: int, dropout: float = 0.0) -> nn.Sequential:
-    """One hidden layer with batch norm and ReLU."""
+    """Dropout, one hidden layer with batch norm and ReLU, dropout, linear layer."""
     return nn.Sequential(
         nn.Dropout(dropout),
         nn.Linear(features, hidden),

@@ -10,16 +10,16 @@ NAMES = ("representation", "projection", "target_representation", "target")
 
 
 def spread(x: Tensor) -> float:
-    """Standard deviation per dimension of the normalized vectors (N, D), averaged over D.
+    """Standard deviation of the L2-normalized vectors (N, D) over N, averaged over D.
 
-    0 when all are equal, 1/sqrt(D) when they fill the sphere evenly (arXiv 2011.10566, Sec. 4.1).
+    0 if all are equal, 1/sqrt(D) if they are uniform on the sphere (arXiv 2011.10566, Sec. 4.1).
     """
     return normalize(x, dim=1).std(0, correction=0).mean().item()
 
 
 def effective_rank(x: Tensor) -> float:
-    """RankMe (arXiv 2210.02885, eq. 1): exp of the entropy of the singular values of (N, D)."""
-    if not torch.isfinite(x).all():  # svdvals would raise; the loop stops with a better message
+    """RankMe (arXiv 2210.02885, eq. 1): exp of the entropy of the singular values of x (N, D)."""
+    if not torch.isfinite(x).all():  # svdvals would raise; the loop's own error says more
         return math.nan
     values = torch.linalg.svdvals(x)
     p = values / values.sum().clamp(min=1e-12) + 1e-7
@@ -27,22 +27,22 @@ def effective_rank(x: Tensor) -> float:
 
 
 def alignment(x: Tensor, y: Tensor) -> float:
-    """Mean squared distance of two views' normalized vectors, (N, D) each (arXiv 2005.10242)."""
+    """Mean squared distance of two views' L2-normalized vectors (N, D) (arXiv 2005.10242)."""
     return (normalize(x, dim=1) - normalize(y, dim=1)).square().sum(1).mean().item()
 
 
 def uniformity(x: Tensor) -> float:
-    """log of the mean of exp(-2 d^2) over all pairs of normalized vectors (arXiv 2005.10242).
+    """log of the mean of exp(-2 d^2) over all pairs of L2-normalized vectors (arXiv 2005.10242).
 
-    0 when all are equal, about -4 when they fill the sphere evenly.
+    0 if all are equal, about -4 if they are uniform on the sphere.
     """
     return torch.pdist(normalize(x, dim=1)).square().mul(-2).exp().mean().log().item()
 
 
 def collapse_metrics(outputs: dict[str, Tensor]) -> dict[str, float]:
-    """{"std/NAME": ..., "rank/NAME", "uniformity/NAME", "alignment/NAME"}, with five digits.
+    """{"std/NAME": ..., "rank/NAME", "uniformity/NAME", "alignment/NAME"}, to five digits.
 
-    outputs   those of NAMES that the method has, each (views, N, D); alignment is of the first two
+    outputs   name -> (views, N, D), others than NAMES left out; alignment is of the first two views
     """
     metrics = {}
     for name in [n for n in NAMES if n in outputs]:
@@ -56,16 +56,17 @@ def collapse_metrics(outputs: dict[str, Tensor]) -> dict[str, float]:
 
 
 def collapse_warnings(history: list[dict], sizes: dict[str, int], grace: int) -> list[str]:
-    """What looks like a collapse from step `grace` on: a line for each metric, in order of time.
+    """Warnings of a collapse from step `grace` on: one line for each metric, the oldest first.
 
     Compared with the first step, since a random ReLU network starts near collapse.  Healthy runs
     stayed above half of the starting std and a third of the starting rank; without predictor and
     moving average, the projections' std falls to a fortieth within 100 steps.
 
-    history   rows of metrics.jsonl with collapse metrics;  sizes   name of an output -> D
+    history   rows of metrics.jsonl with collapse metrics
+    sizes     dimensions D of each output, by name
     """
     start, *later = history
-    if start["step"] > 0:  # begun without online evaluation
+    if start["step"] > 0:  # the run began without online evaluation
         return []
     warnings: dict[str, str] = {}
     for now in [row for row in later if row["step"] >= grace]:

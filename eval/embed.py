@@ -1,8 +1,8 @@
-"""Features of a whole data set, for other tools: one .npz with labels and file names.
+"""Write the features of a whole data set, with labels and file names, into one .npz.
 
 python -m eval.embed --ckpt runs/byol-mine --dataset folder --data-root DIR --out features.npz
 
-It holds features (N, D) float32, labels (-1: unknown), files and splits (N,), and classes.
+Arrays: features (N, D) float32; labels (-1: unknown), files and splits, (N,) each; classes.
 """
 
 import io
@@ -22,20 +22,20 @@ from training.run_folder import say
 
 @dataclass(kw_only=True)
 class Config(CkptConfig):
-    """The settings of an export of features."""
+    """Settings of an export of features."""
 
     run: RunConfig
 
 
 def configure(argv: list[str]) -> Config:
-    """Data set, sizes and encoder come from --ckpt unless flags say otherwise."""
+    """The settings from the command line; data set, sizes and encoder default to --ckpt's."""
     config = ckpt_config(Config, parse(Config, argv, __doc__))
     config.run.out = str(new_file(config.run.out or "features.npz"))
     return config
 
 
 def run(config, processes) -> dict:
-    """Write the features of every image of the data set; returns how many there are."""
+    """Write the features of every image of the data set; returns {"images": their number}."""
     data = datasets.load(config.data)
     splits = {"train": data.train, "unlabelled": data.unlabelled, "test": data.test}
     splits = {name: images for name, images in splits.items() if images is not None}

@@ -3,10 +3,10 @@
 python -m eval.export --ckpt runs/byol-mine --format safetensors --out encoder.safetensors
 python -m eval.export --ckpt runs/byol-mine --format onnx --out encoder.onnx
 
-safetensors holds the state dict by torchvision's names, and its metadata as text.  ONNX takes
-images (B, 3, S, S) in 0..1, as evaluation frames them, and gives features (B, D): normalization is
-included.  Packages: eval/requirements.txt.  encoder.pt needs none of it, its state_dict has
-torchvision's names.
+safetensors holds the state dict with torchvision's names, and metadata as JSON.  onnx takes images
+(B, 3, S, S) in 0..1, resized and cropped as in evaluation, normalizes them and returns features
+(B, D).  Packages: eval/requirements.txt.  encoder.pt needs none: its state_dict has torchvision's
+names too.
 """
 
 import json
@@ -21,11 +21,11 @@ from core.files import new_file
 from eval.trained import command, from_weights, parser
 from training.weights import read_weights
 
-TOLERANCE = 1e-4  # of the largest feature
+TOLERANCE = 1e-4  # largest difference, relative to the largest feature
 
 
 class Normalize(nn.Module):
-    """(images - mean) / std; torch.export refuses torchvision's."""
+    """(images - mean) / std as a layer; torch.export does not accept torchvision's."""
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Normalize(nn.Module):
 
 
 def to_safetensors(file: Path, network: nn.Module, meta: dict[str, str], images: Tensor) -> Tensor:
-    """Write the encoder; returns the features of `images` with the weights read from the file."""
+    """Write the encoder; returns the features of `images` with the weights in the file."""
     from safetensors.torch import load_file, save_file  # an optional extra
 
     _, encoder = network
@@ -47,7 +47,7 @@ def to_safetensors(file: Path, network: nn.Module, meta: dict[str, str], images:
 
 
 def to_onnx(file: Path, network: nn.Module, meta: dict[str, str], images: Tensor) -> Tensor:
-    """Write the network; returns the features of `images` by ONNX's runtime on the file."""
+    """Write the network; returns the features of `images` by ONNX Runtime from the file."""
     import onnxruntime  # an optional extra
 
     names = dict(input_names=["images"], output_names=["features"])
@@ -64,7 +64,7 @@ FORMATS = {"safetensors": to_safetensors, "onnx": to_onnx}
 
 @torch.no_grad()
 def run(args) -> dict:
-    """Write and verify; returns the largest difference, as a part of the largest feature."""
+    """Write and verify the file; returns the difference as TOLERANCE defines it."""
     out = new_file(args.out or f"encoder.{args.format}")
     weights = read_weights(args.ckpt)
     encoder, transform = from_weights(weights, f"--ckpt {args.ckpt}", "cpu")
@@ -75,7 +75,7 @@ def run(args) -> dict:
     expected = network(images)
     meta = weights.meta | {"mean": transform.mean, "std": transform.std}
     meta = {k: json.dumps(v) for k, v in meta.items()}
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # `out` is always a verified file
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # `out` appears only once verified
         file = Path(folder, out.name)
         try:
             features = FORMATS[args.format](file, network, meta, images)
@@ -86,7 +86,7 @@ def run(args) -> dict:
         if not difference < TOLERANCE:
             raise RunError(f"--format {args.format}: features differ by {difference:.1e}")
         file.rename(out)
-    print(f"{out}: {expected.shape[1]} features, read again: differences up to {difference:.1e}")
+    print(f"{out}: {expected.shape[1]} features; verified, largest difference {difference:.1e}")
     return {"difference": difference}
 
 

@@ -1,4 +1,4 @@
-"""Features: an encoder's outputs in evaluation, float32, on the CPU."""
+"""Feature extraction: an encoder's outputs in eval mode, float32, on the CPU."""
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ BATCH = 256  # images
 def extract(
     encoder: nn.Module, images: Images, transform: EvalTransform, processes: Processes = SINGLE
 ) -> Tensor:
-    """The encoder's output in eval mode for every image, in order: (N, feature_size).
+    """The encoder's output for each image in order, in eval mode: (N, feature_size).
 
-    Each rank computes every world_size-th batch; the sum over ranks joins them without padding.
+    Each rank computes every world_size-th batch; its other rows are 0, so the sum has all.
     """
     was_training, device = encoder.training, processes.device
     encoder.eval()

@@ -18,10 +18,10 @@ def knn_top1(
 ) -> float:
     """Top-1 in percent of queries (M, D) by their k nearest neighbors in bank (N, D).
 
-    By cosine, with votes of exp(cos / temperature): Wu et al. (arXiv 1805.01978, Sec. 3.4).
-    euclidean   by Euclidean distance, one vote each, the lowest class in a tie: the 5-NN of the
-                W-MSE paper (arXiv 2007.06346, Table 1) and of those that compare with it
-    k           at most N are taken
+    Cosine similarity, votes of exp(cos / temperature): Wu et al. (arXiv 1805.01978, Sec. 3.4).
+    k           neighbors; N if that is less
+    euclidean   Euclidean distance, one vote each, the lowest class in a tie: the 5-NN of the W-MSE
+                paper (arXiv 2007.06346, Table 1) and of papers that compare with it
     block       queries at a time, since the similarities of all may not fit into memory
     """
     if not euclidean:

@@ -1,4 +1,4 @@
-"""Online evaluation on held-out TRAIN images: k-NN, online probe, collapse metrics."""
+"""Online evaluation on held-out train images: k-NN, online probe, collapse metrics."""
 
 import time
 
@@ -15,25 +15,26 @@ from eval.features import extract
 from eval.knn import knn_top1
 from training.method import Method
 
-STREAM = 4  # of random numbers; the loader has 1 and 2, the loop 3
-BANK, COLLAPSE_IMAGES = 20000, 2048  # at most
-GRACE = 1000  # steps, at most a tenth of the run, before a warning
+STREAM = 4  # of the seed; streams 1 and 2 are the loader's, 3 is the loop's
+BANK, COLLAPSE_IMAGES = 20000, 2048  # images, at most
+GRACE = 1000  # steps before the first collapse warning, or a tenth of the run if that is less
 
 
 def held_out_order(count: int) -> tuple[np.ndarray, int]:
-    """An order of `count` labelled images, and how many of its first are held out: a fifth."""
+    """A fixed order of `count` images; how many of its first are held out: a fifth, 1 to 2,000."""
     return np.random.default_rng(0).permutation(count), max(1, min(count // 5, 2000))
 
 
 class OnlineEval:
-    """Metrics during pretraining, never on test images, so that watching selects nothing on them.
+    """Metrics during pretraining; never on test images, so that no choice is made on those.
 
     data       a fifth of its labelled train images (at most 2,000) are the k-NN's queries, the
                others (at most 20,000) its bank
-    loader     of pretraining: its views, and its images where there are no labelled ones
-    every      steps between evaluations, 0 for none, in a run of `total` steps
-    history    rows of metrics.jsonl, of a run that is resumed
-    warnings   of a collapse so far, one for each metric, in order of time
+    loader     of pretraining: its views are used, and its images where none are labelled
+    every      steps between evaluations, 0 for none
+    total      steps of the run
+    history    rows of metrics.jsonl, if the run is resumed
+    warnings   collapse warnings so far, one for each metric, the oldest first
     """
 
     def __init__(
@@ -58,15 +59,15 @@ class OnlineEval:
         self.labels = torch.from_numpy(data.train_labels[order]) if labelled else None
 
     def due(self, step) -> bool:
-        """After the first step, every `every` steps and at the end."""
+        """True after the first step, every `every` steps and after the last."""
         done = step.index + 1
         return self.every > 0 and (done == 1 or step.last or done % self.every == 0)
 
     def measure(self, method: Method, step: int) -> tuple[dict[str, float], list[str]]:
         """(metrics, new warnings) after `step`, the same on all ranks; sets `seconds`.
 
-        Collapse metrics; after later steps than the first also knn_top1 and, where a probe is
-        trained, online_probe_top1, in percent.
+        Collapse metrics; except after the first step also knn_top1 and, with --online-probe,
+        online_probe_top1, both in percent.
         """
         begun = time.perf_counter()
         metrics = self._accuracy(method) if step and self.labels is not None else {}
@@ -91,10 +92,7 @@ class OnlineEval:
 
     @torch.no_grad()
     def _outputs(self, method: Method) -> dict[str, Tensor]:
-        """The method's outputs in eval mode, for the same views each time: name -> (views, N, D).
-
-        Each rank computes all of them: they are few.
-        """
+        """The method's outputs in eval mode, on the same views each time: name -> (views, N, D)."""
         count = min(len(self.images), COLLAPSE_IMAGES)
         rng = generator(self.loader.seed, STREAM, 0)
         drawn = [draw(view, count, *self.images.shape, rng) for view in self.loader.views]

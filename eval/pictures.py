@@ -1,6 +1,5 @@
-"""Figures: accuracy of rows and methods, pretraining curves, confusion, a map of features."""
+"""Figures: accuracy of rows and methods, pretraining curves, confusion matrix, feature map."""
 
-import contextlib
 import math
 import os
 import warnings
@@ -38,32 +37,26 @@ CURVES = {
 }
 
 
-@contextlib.contextmanager
-def own_style():
-    """Context in which figures have STYLE and matplotlib's defaults, not the user's settings."""
+def save(file, draw, *arguments) -> None:
+    """Write the figure `draw(*arguments)` as a PNG into `file`, a path or a file object.
+
+    Style is matplotlib's default and STYLE, whatever the user's settings.  The metadata tells the
+    folder data set that the PNG is not one of its images.
+    """
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
-        yield
-
-
-def save(file, draw, *arguments) -> None:
-    """Write the figure that `draw` makes of `arguments` as a PNG; `file` may be a path.
-
-    The folder data set knows it by its metadata and does not take it for data.
-    """
-    with own_style():
         figure = draw(*arguments)
         figure.savefig(file, dpi=144, format="png", metadata={"Software": SOFTWARE})
 
 
 def label(name: str) -> str:
-    """A name that fits beside a figure; legends leave out what begins with an underscore."""
+    """`name` shortened; a space before `_`, since legends leave out names that begin with it."""
     name = plain(name, 40)
     return f" {name}" if name.startswith("_") else name
 
 
 def accuracy_figure(rows: list[dict], title: str = "") -> Figure:
-    """Top-1 of the rows of a results table, a panel for each label budget."""
+    """Top-1 of the rows of results.json, with one panel for each label budget."""
     points = []
     for row in rows:
         name = row["name"] if row["init"] == "none" else f"{row['name']} ({row['init']})"
@@ -73,14 +66,14 @@ def accuracy_figure(rows: list[dict], title: str = "") -> Figure:
 
 
 def dots_figure(rows: list[dict], title: str = "") -> Figure:
-    """Top-1 with an error bar for each {name, kind, labels, top1, std}, the best name on top.
+    """Top-1 and error bar of each row {name, kind, labels, top1, std}, the best name on top.
 
-    A label budget has a panel, a kind of classifier a marker.
+    One panel for each label budget, one marker for each kind of classifier.
     """
     budgets, kinds = sorted({row["labels"] for row in rows}), sorted({row["kind"] for row in rows})
     top1 = {}
     for row in sorted(rows, key=lambda row: (row["labels"], row["kind"])):
-        top1[row["name"]] = row["top1"]  # the last one counts: linear, at the largest budget
+        top1[row["name"]] = row["top1"]  # kept from the last row: linear, largest budget
     names = sorted(top1, key=top1.get)
     figure = Figure(figsize=(2 + 3 * len(budgets), 1.5 + 0.3 * len(names)))
     panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
@@ -101,7 +94,7 @@ def dots_figure(rows: list[dict], title: str = "") -> Figure:
 
 
 def curves_figure(runs: dict[str, list[dict]]) -> Figure:
-    """Those of CURVES that were logged, over the steps; `runs` are rows of metrics by name."""
+    """The logged metrics of CURVES over the steps; `runs`: name -> rows of metrics.jsonl."""
     logged = {key for rows in runs.values() for row in rows for key in row}
     shown = [key for key in CURVES if key in logged]
     down = math.ceil(len(shown) / 3)
@@ -120,9 +113,9 @@ def curves_figure(runs: dict[str, list[dict]]) -> Figure:
 
 
 def confusion_figure(truth, guess, names: list[str]) -> Figure:
-    """Confusion in percent of each true class, among the 25 classes with the lowest accuracy.
+    """Confusion matrix in percent of each true class, for the 25 classes of lowest accuracy.
 
-    truth, guess   class numbers, integers (N,)
+    truth, guess   true and predicted classes, integers (N,)
     """
     counts = np.zeros((len(names), len(names)))
     np.add.at(counts, (truth, guess), 1)
@@ -143,7 +136,7 @@ def confusion_figure(truth, guess, names: list[str]) -> Figure:
 
 
 def map_figure(points, labels, names: list[str]) -> Figure:
-    """Points (N, 2) colored by class; more than 20 classes have no legend."""
+    """Points (N, 2) colored by class, with a legend for at most 20 classes."""
     axes = Figure(figsize=(8, 6)).subplots()
     colors = matplotlib.colormaps["tab10" if len(names) <= 10 else "turbo"].resampled(len(names))
     for number, name in enumerate(names):

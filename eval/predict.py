@@ -1,9 +1,10 @@
 """Classify your own images.
 
-RUN is one of linear_eval.py, finetune.py or train_baseline.py, or a pretraining run with the first.
-
 python -m eval.predict --ckpt runs/byol-mine/linear image.jpg DIR
 python -m eval.predict --ckpt runs/byol-mine --json DIR > predictions.jsonl
+
+RUN is a run of linear_eval.py, finetune.py or train_baseline.py, or a pretraining run that was
+evaluated by linear_eval.py.
 """
 
 import json
@@ -13,7 +14,7 @@ from eval.trained import command, load_classifier, parser, read_images
 
 
 def run(args) -> list[dict]:
-    """Print each image's classes, most probable first; returns the objects of --json."""
+    """Print each image's classes, the most probable first; returns what --json prints."""
     frozen, classifier, classes = load_classifier(args.ckpt, args.device)
     images, names = read_images(args.images, frozen.transform.stored)
     probabilities = classifier(frozen(images)).double().softmax(1)
@@ -30,8 +31,10 @@ def run(args) -> list[dict]:
 def main(argv: list[str] | None = None) -> list[dict]:
     """Run from the command line."""
     arguments = parser(__doc__)
-    arguments.add_argument("images", nargs="+", help="image files, and folders of them")
-    arguments.add_argument("--json", action="store_true", help="a JSON object a line, all classes")
+    arguments.add_argument("images", nargs="+", help="image files or folders")
+    arguments.add_argument(
+        "--json", action="store_true", help="one JSON line per image, all classes"
+    )
     arguments.add_argument("--top", type=int, default=3, help="classes in a line of text [3]")
     return command(run, arguments, argv)
 

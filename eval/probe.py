@@ -1,4 +1,4 @@
-"""The online probe: a linear classifier trained beside a method, on detached features."""
+"""The online probe: a linear classifier trained along with a method, on detached features."""
 
 import numpy as np
 from torch import nn
@@ -8,9 +8,9 @@ from training.method import Method, groups_by_kind
 
 
 def hold_out_labels(labels: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
-    """Pretraining's labels with -1 (unknown) for the held-out images that measure the probe.
+    """The labels of pretraining with -1 (unknown) for the held-out images that test the probe.
 
-    The labelled images come first among those of pretraining, see `Dataset.pretraining`.
+    Among the images of pretraining the labelled ones come first, see `Dataset.pretraining`.
     """
     order, queries = held_out_order(len(train_labels))
     labels = labels.copy()
@@ -19,7 +19,7 @@ def hold_out_labels(labels: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
 
 
 class OnlineProbe(Method):
-    """Any method with a linear classifier trained beside it on its detached representation."""
+    """Any method, and a linear classifier trained on its detached representation."""
 
     uses_labels = True
 
@@ -37,7 +37,7 @@ class OnlineProbe(Method):
         return outputs | {"probe": self.probe(outputs["representation"].detach())}
 
     def loss(self, outputs, labels):
-        """The method's loss plus the mean cross-entropy of the images whose label is known."""
+        """The method's loss plus the probe's mean cross-entropy over images of known label."""
         loss, logs = self.method.loss(outputs)
         logits = outputs["probe"].flatten(0, 1)  # (views x B, classes)
         labels = labels.repeat(len(outputs["probe"]))
@@ -46,7 +46,7 @@ class OnlineProbe(Method):
         return loss + probe_loss, logs | {"probe_loss": probe_loss}
 
     def parameter_groups(self, weight_decay):
-        """The method's groups, and the probe's as those of any other layer."""
+        """The method's groups and, grouped as by default, the probe's."""
         groups = self.method.parameter_groups(weight_decay)
         return [*groups, *groups_by_kind(self.probe, weight_decay)]
 

@@ -1,4 +1,4 @@
-"""The evaluation protocols in words, and result records, each of which names its protocol."""
+"""Descriptions of the evaluation protocols, and result records, which name their protocol."""
 
 from statistics import mean, stdev
 
@@ -8,10 +8,10 @@ TOGETHER = "crops or shifts, and flips; encoder trained together with a linear l
 PIXELS = "raw pixels, at most 32 high"
 LOGISTIC = "logistic regression by L-BFGS, free intercept"
 STRENGTH = "chosen: L2 strength, by the loss of cross-validation inside the training labels"
-NOTHING = "chosen: nothing; settings stand in the recipe"
+NOTHING = "chosen: nothing; settings are the recipe's"
 FIFTH = "by top-1 on a held-out fifth of the training labels; then all of them train"
 
-# What the classifier sees while it learns; what fits it; what is chosen, and on which images.
+# Inputs of the classifier in training; how it is fitted; what is chosen, and on which images.
 # The metric is always top-1 on the evaluation frame of images that were not used for selection.
 PROTOCOLS = {
     "pixels": f"{PIXELS}; {LOGISTIC}; {STRENGTH}",
@@ -32,10 +32,10 @@ PER_FOLD = ("fold", "top1", "chosen", "trials", "lr", "steps", "complete")
 
 
 def of_head(head: str, strength: float, features: str = "features") -> str:
-    """The name of the protocol of a classifier on frozen features.
+    """The protocol's name for a classifier on frozen features or pixels.
 
     head       linear, mlp or knn
-    strength   [linear] strength; 0 where it is chosen by cross-validation
+    strength   L2 strength; 0 if it is chosen by cross-validation
     features   "features" (computed once), "augmented" or "pixels"
     """
     name = "pixels" if features == "pixels" else f"{features}-{head}"
@@ -44,10 +44,10 @@ def of_head(head: str, strength: float, features: str = "features") -> str:
 
 
 def record(protocol: str, name: str, config, split, top1: float, **more) -> dict:
-    """The content of result.json: top-1, its protocol, and exactly which images it rests on.
+    """The content of result.json: top-1, its protocol, and which images it was measured with.
 
-    config   with the sections data and run
-    split    data.labelled.Split: the images trained on and the images measured on
+    config   settings with the tables data and run
+    split    data.labelled.Split: training images and test images
     """
     PROTOCOLS[protocol]  # KeyError for a protocol that is not described
     data = config.data
@@ -67,11 +67,11 @@ def record(protocol: str, name: str, config, split, top1: float, **more) -> dict
 
 
 def over_folds(results: list[dict]) -> dict:
-    """One result from the results of all folds: mean and standard deviation of top-1."""
+    """One result.json for all folds: mean and standard deviation of top-1, and shared entries."""
     top1 = [r["top1"] for r in results]
     shared = {k: v for k, v in results[0].items() if k not in PER_FOLD}
     for key in shared:
-        if key.endswith("nn"):  # top-1 of other k-NN classifiers, such as cosine_200nn
+        if key.endswith("nn"):  # top-1 of another k-NN classifier, such as cosine_200nn
             shared[key] = round(mean(r[key] for r in results), 4)
     return {
         **shared,

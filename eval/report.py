@@ -1,10 +1,10 @@
-"""One self-contained report.html of runs: table, curves, mistakes, neighbors, a map of features.
+"""Write one self-contained report.html: results, curves, mistakes, neighbors, feature map.
 
 python -m eval.report runs/sample                         # a folder of reproduce.py
 python -m eval.report runs/byol-mine runs/baseline-mine   # runs of the scripts, with evaluations
 
-Confusion, neighbors, map and mistakes are the first pretraining run's, and need its data.
-Written into the first folder, anew each time, unless --out names another file.
+Confusion matrix, neighbors, map and mistakes are of the first pretraining run, and left out where
+its data is missing.  Without --out, the report replaces that of the first folder.
 """
 
 import base64
@@ -36,13 +36,14 @@ from training.run_folder import read_metrics
 from training.weights import read_weights
 
 QUERIES, NEIGHBORS, MISTAKES, MAPPED, TILE = 8, 6, 24, 1000, 144
-MARKS = {"query": "", "right": "✓ ", "wrong": "✗ "}  # color alone does not tell everyone
+# beside the frames' colors, for readers who can't tell these apart
+MARKS = {"query": "", "right": "✓ ", "wrong": "✗ "}
 
 
 def results_in(folder: Path) -> dict[Path, dict]:
-    """result.json of the finished runs: `folder`, and the folders in it unless it is an evaluation.
+    """{run folder: result.json} of the finished runs: `folder` itself and the folders in it.
 
-    The folders in an evaluation are parts of it: folds or trials.
+    Of an evaluation only `folder`, since the folders in it are its folds or trials.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a run, or a folder of reproduce.py")
@@ -54,7 +55,7 @@ def results_in(folder: Path) -> dict[Path, dict]:
 
 
 def labelled_images(table: Path) -> dict:
-    """Labels, draw and test images of a table of reproduce.py, as arguments of `Features`."""
+    """Arguments of `Features` for a table of reproduce.py: the largest budget, its first draw."""
     settings = read_json(table / "settings.json")
     on = settings["recipe"].get("data", {}).get("evaluate_on", "test")
     on = settings["flags"].get("data.evaluate_on", on)
@@ -65,10 +66,10 @@ def labelled_images(table: Path) -> dict:
 
 
 class Features:
-    """A pretraining run on its data: features, and a linear classifier on those of train images.
+    """The sections on a pretraining run's features, and on a linear classifier fitted to them.
 
-    known, features      of the labelled train images and of the test images
-    guess, probability   predicted class of each test image, and the probability of each class
+    known, features      features (N, D) of the labelled train images, and of the test images
+    guess, probability   predicted class of each test image (N,), and probabilities (N, classes)
     """
 
     def __init__(self, run: Path, labels: int, evaluate_on: str = "test", draw: int = 0) -> None:
@@ -89,15 +90,15 @@ class Features:
         self.text = (
             f"{run}: linear classifier on frozen features, {len(self.train):,} labels, "
             f"draw {draw}: {top1:.2f} % of {len(self.test):,} {evaluate_on} images. Percent of "
-            "each true class, if at least 0.5; of more than 25 classes the least accurate."
+            "each true class, from 0.5 on; the 25 classes of lowest accuracy if there are more."
         )
 
     def confusion(self) -> dict:
-        """The confusion matrix."""
+        """Figure of the confusion matrix."""
         return picture(confusion_figure, self.text, self.truth, self.guess, self.names)
 
     def neighbors(self) -> list[list[dict]]:
-        """Test images, each followed by the labelled train images nearest to it."""
+        """Rows of tiles: a random test image, then the labelled train images nearest to it."""
         count = min(QUERIES, len(self.test))
         queries = np.random.default_rng(0).choice(len(self.test), count, replace=False)
         cosine = normalize(self.features[queries], dim=1) @ normalize(self.known, dim=1).T
@@ -114,16 +115,16 @@ class Features:
         return rows
 
     def map(self) -> dict:
-        """Features of test images in two dimensions."""
+        """Figure of the test images' features in two dimensions."""
         rows = np.linspace(0, len(self.test) - 1, min(MAPPED, len(self.test))).astype(int)
         x = normalize(self.features[rows], dim=1)
         x = x - x.mean(0)
         directions = torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:]  # of the largest variance
-        text = f"PCA of the normalized features of {len(rows):,} images, a color a class."
+        text = f"PCA of the normalized features of {len(rows):,} images, one color per class."
         return picture(map_figure, text, (x @ directions).numpy(), self.truth[rows], self.names)
 
     def mistakes(self) -> list[dict]:
-        """The wrong predictions with the highest probability."""
+        """Tiles of the wrong predictions with the highest probability."""
         sure, tiles = self.probability.max(1), []
         order = np.argsort(-sure, kind="stable")
         for row in order[self.guess[order] != self.truth[order]][:MISTAKES]:
@@ -134,7 +135,7 @@ class Features:
 
 
 def tile(images, row: int, text: str, kind: str) -> dict:
-    """One image, at most TILE pixels wide, with a line below it."""
+    """Template entry for an image, at most TILE pixels wide, with a line of text."""
     image = Image.fromarray(images.take(np.array([row]))[0].permute(1, 2, 0).numpy())
     image.thumbnail((TILE, TILE))
     file = io.BytesIO()
@@ -143,19 +144,19 @@ def tile(images, row: int, text: str, kind: str) -> dict:
 
 
 def picture(draw, text: str, *arguments) -> dict:
-    """The figure that `draw` makes of `arguments`, with a line below it."""
+    """Template entry for the figure `draw(*arguments)`, with a line of text."""
     file = io.BytesIO()
     save(file, draw, *arguments)
     return {"image": data_uri(file), "text": text}
 
 
 def data_uri(png: io.BytesIO) -> str:
-    """The address of a picture that is part of the page."""
+    """The PNG as a data URI, so that the page needs no other file."""
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 def to_html(text: str) -> Markup:
-    """Headings, tables, lists and code of results.md as HTML; all other markup stays text."""
+    """results.md as HTML: headings, tables, lists and code; all other markup stays text."""
     converter = Markdown(extensions=["tables"])
     converter.preprocessors.deregister("html_block")
     inline = converter.treeprocessors["inline"]
@@ -166,7 +167,7 @@ def to_html(text: str) -> Markup:
 
 
 def build(folders: list[Path]) -> str:
-    """The whole page; UserError where no folder holds a finished run."""
+    """The page as HTML; UserError where no folder holds a finished run."""
     results, tables, rows, labelled, parts = {}, [], [], {"labels": 0}, {}
     for folder in folders:
         results |= results_in(folder)
@@ -175,9 +176,9 @@ def build(folders: list[Path]) -> str:
             rows += json.loads((folder / "results.json").read_bytes())
             labelled = labelled_images(folder)
     if not (results or tables):
-        raise UserError(f"{' '.join(map(str, folders))}: no finished run there")
+        raise UserError(f"{' '.join(map(str, folders))}: no finished run in there")
     if tables:
-        text = "Top-1; bars are standard deviations over label draws."
+        text = "Top-1; error bars: standard deviation over label draws."
         parts |= {"tables": tables, "accuracy": picture(accuracy_figure, text, rows)}
     runs = {folder: result for folder, result in results.items() if "top1" not in result}
     evaluations = {folder: result for folder, result in results.items() if "top1" in result}
@@ -186,7 +187,7 @@ def build(folders: list[Path]) -> str:
         labelled = {k: most[k] for k in ("labels", "draw")} | {"evaluate_on": most["measured_on"]}
     if runs:
         metrics = {str(folder): read_metrics(folder / "metrics.jsonl") for folder in runs}
-        text = "A color a run; k-NN on held-out train images."
+        text = "One color per run; k-NN on held-out train images."
         configs = {folder: read_json(folder / "config.json") for folder in runs}
         curves = picture(curves_figure, text, metrics)
         parts |= {"runs": runs, "configs": configs, "curves": curves}
@@ -203,7 +204,7 @@ def build(folders: list[Path]) -> str:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Run from the command line; returns where the page is."""
+    """Run from the command line; returns the path of the page."""
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", help="file to write [RUN/report.html]")

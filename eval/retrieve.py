@@ -1,4 +1,4 @@
-"""The nearest images of a gallery by an encoder's features: a picture, and JSON on the output.
+"""Find the nearest images of a gallery by an encoder's features: a picture, and JSON on stdout.
 
 python -m eval.retrieve --ckpt runs/byol-mine --query image.jpg --gallery DIR --out alike.png
 """
@@ -15,7 +15,7 @@ from eval.trained import command, load_frozen, parser, read_images
 
 
 def run(args) -> list[dict]:
-    """Print a JSON object and draw a row for each query: itself, then its nearest by cosine."""
+    """For each query, print a JSON object and draw a row: the query, then its nearest by cosine."""
     out = new_file(args.out)
     frozen = load_frozen(args.ckpt, args.device)
     queries, names = read_images(args.query, frozen.transform.stored)
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     arguments = parser(__doc__)
     arguments.add_argument("--query", nargs="+", required=True, help="image files or folders")
     arguments.add_argument("--gallery", nargs="+", required=True, help="image files or folders")
-    arguments.add_argument("--top", type=int, default=8, help="how many of the gallery [8]")
-    arguments.add_argument("--out", default="alike.png", help="the picture [alike.png]")
+    arguments.add_argument("--top", type=int, default=8, help="nearest images shown per query [8]")
+    arguments.add_argument("--out", default="alike.png", help="picture to write [alike.png]")
     return command(run, arguments, argv)
 
 

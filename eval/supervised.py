@@ -1,4 +1,4 @@
-"""Training on labels: one run, one for each of STL-10's folds, or one for each point of a sweep."""
+"""Supervised training: one run, or one for each of STL-10's folds, each after a sweep if asked."""
 
 import dataclasses
 import itertools
@@ -30,9 +30,10 @@ from training.stopping import Watch
 
 @dataclass(kw_only=True)
 class Config(options.Config):
-    """The settings of a labelled training; the method's own table is added to them."""
+    """Settings of a supervised training; `with_method` adds the method's own table."""
 
-    ignored = ("optim",)  # a recipe's [optim] is pretraining's; labelled training has its own
+    # a recipe's [optim] is for pretraining; [baseline] and [finetune] may set its keys
+    ignored = ("optim",)
 
     data: datasets.LabelledData
     encoder: EncoderConfig
@@ -42,16 +43,16 @@ class Config(options.Config):
     folds: bool = option(False, "stl10: each of the ten folds, mean and standard deviation")
 
     def kinds(self) -> list[str]:
-        """What stands for --sweep and --folds in the name of a run folder."""
+        """Parts of the run folder's name for --sweep and --folds."""
         return [name for name in ("sweep", "folds") if getattr(self, name)]
 
 
 @dataclass
 class Job:
-    """What the baseline and fine-tuning differ in.
+    """A kind of supervised training: the baseline or fine-tuning.
 
-    start   function of the training images: a new encoder and its EvalTransform
-    more    what else result.json says
+    start   function of the training images; returns a new encoder and its EvalTransform
+    more    further entries of result.json
     """
 
     method_class: type
@@ -61,13 +62,13 @@ class Job:
 
 
 def train_all(config: Config, job: Job) -> dict:
-    """Train one run, or one for each fold with --folds; --sweep tries a grid before each."""
+    """Train one run or one per fold, each after its sweep if asked; returns the result."""
     out, run = Path(config.run.out), config.run
     if result := finished(out, config):
         say(job.processes, f"{out} is complete; nothing to do")
         return result | {"complete": True}
     data = datasets.load(config.data)
-    plan = []  # for each run: settings, its split, and the part of that for a sweep
+    plan = []  # for each run: settings, split, and the split for its sweep or None
     for of_fold in each_fold(config.data, config.folds):
         split = evaluation(data, of_fold)
         of_run = dataclasses.replace(config, data=of_fold)
@@ -93,7 +94,7 @@ def train_all(config: Config, job: Job) -> dict:
 
 
 def check_batches(config: Config, processes: Processes, plan: list[tuple]) -> None:
-    """UserError where a split, or what a sweep leaves of it, is too small for a batch."""
+    """UserError where a split, or the part that a sweep trains on, is too small for a batch."""
     fewest, batch = min(len(split.train) for _, split, _ in plan), config.optim.batch_size
     if batch > fewest:
         raise UserError(f"--batch-size {batch}: there are only {fewest} training images")
@@ -107,10 +108,10 @@ def check_batches(config: Config, processes: Processes, plan: list[tuple]) -> No
 
 
 def open_folder(config: Config, processes: Processes) -> TrainRun:
-    """Make the folder of many runs, each of which can go on; returns the settings of those."""
+    """Create the folder for several runs; returns the [run] settings of each, which resumes."""
     run = config.run
     if run.resume not in ("", "auto"):
-        raise UserError(f"--resume {run.resume}: with --sweep or --folds, --resume alone")
+        raise UserError(f"--resume {run.resume}: with --sweep or --folds, give --resume alone")
     if run.override:
         raise UserError("--override: not with --sweep or --folds; choose another --out")
     out, settings = Path(run.out), as_dict(config)
@@ -120,13 +121,14 @@ def open_folder(config: Config, processes: Processes) -> TrainRun:
 
 
 def sweep(config: Config, job: Job, part: Split, watch: Watch) -> list[dict]:
-    """Try rate x epochs on `part` of the training labels; `config` gets the best, returns all.
+    """Try learning rates x epochs; sets the best in `config`, returns all trials.
 
-    The trials see no test images.
+    part   four fifths of the training labels to train on, one to measure on: no test images
     """
     m, o, trials = config.method, config.optim, []
     cuts = job.processes.world_size * o.accumulate
     size = min(o.batch_size, len(part.train) // cuts * cuts)
+    # a smaller batch must not change the peak rate
     same = peak_rate(o.optimizer, 1, o.batch_size) / peak_rate(o.optimizer, 1, size)
     for lr, epochs in itertools.product(m.sweep_lr, m.sweep_epochs):
         folder = Path(config.run.out) / "sweep" / f"lr{lr:g}-epochs{epochs}"
@@ -139,7 +141,7 @@ def sweep(config: Config, job: Job, part: Split, watch: Watch) -> list[dict]:
         )
         result = train(of_trial, job, part, watch)
         trials.append({"lr": lr, "epochs": epochs, "held_out_top1": result["top1"]})
-        if job.processes.main:  # only its top-1 is of use
+        if job.processes.main:  # only the trial's top-1 is needed
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             for weights in folder.glob("*.pt"):
                 weights.unlink()
@@ -151,8 +153,8 @@ def sweep(config: Config, job: Job, part: Split, watch: Watch) -> list[dict]:
 def train(config: Config, job: Job, split: Split, watch: Watch, trials: list = ()) -> dict:
     """Train encoder and head on the training images of `split`, and measure on its test images.
 
-    trials   what a sweep before it tried
-    Returns what result.json holds.
+    trials   those of the sweep that chose the settings, if any
+    Returns the content of result.json.
     """
     out, processes = Path(config.run.out), job.processes
     if not trials and (result := finished(out, config)):
@@ -184,13 +186,13 @@ def train(config: Config, job: Job, split: Split, watch: Watch, trials: list = (
 
 
 def classifier_of(session: Session, classes: list[str]) -> dict:
-    """What classifier.pt holds."""
+    """The content of classifier.pt."""
     network = {name: getattr(session.method, name).state_dict() for name in ("encoder", "head")}
     return network | {"meta": session.meta, "classes": classes}
 
 
 def result_of(config, job: Job, split: Split, session: Session, top1: float, trials: list) -> dict:
-    """What result.json holds."""
+    """The content of result.json."""
     o = config.optim
     more = {"init": config.encoder.init, "optimizer": o.optimizer, "lr": o.lr}
     more |= {"steps": session.total, **job.more, "seconds": round(session.seconds, 1)}

@@ -15,7 +15,7 @@ from eval.protocols import PROTOCOLS
 CONTROLS = ("raw-pixels", "random-encoder")
 KINDS = {"linear": "linear", "knn": "k-NN"}  # classifiers in a table of methods
 
-# Written down before any result was seen; printed whatever their sign.
+# (row, control, meaning): fixed before any result was seen, and printed whatever their sign.
 CLAIMS = (
     ("{m}-finetune", "baseline", "what pretraining gives a network trained on the same labels"),
     ("{m}-linear", "random-encoder", "what the features are worth beyond the architecture"),
@@ -44,7 +44,7 @@ class Key(NamedTuple):
 
 
 class Cells:
-    """The measured cells of a table, one a line of cells.jsonl, so that a stopped run can go on.
+    """The measured cells of a table.  Each is a line of cells.jsonl, so that a stopped run resumes.
 
     A cell is {name, init, labels, draw, seed, top1, seconds, protocol, test_images}.
 
@@ -61,16 +61,16 @@ class Cells:
         return key in self.cells
 
     def add(self, key: Key, **values) -> None:
-        """Keep a cell, in memory and on the disk."""
+        """Store a cell, and write all of them to the file."""
         self.cells[key] = dict(zip(Key._fields, key, strict=True)) | values
         if self.write:
             lines = [json.dumps(cell) + "\n" for cell in self.cells.values()]
             write_atomically(self.path, "".join(lines).encode())
 
     def matrix(self, name: str, init: str, labels: int) -> tuple[np.ndarray, list[int]]:
-        """Top-1 of one row at one label budget, (seeds, draws), and the numbers of the draws.
+        """Top-1 (seeds, draws) of one row at one label budget, and the draws' numbers.
 
-        Draws that one of the seeds lacks (in an unfinished table) are left out.
+        In an unfinished table, a draw that some seed has no cell for is left out.
         """
         row = (name, init, labels)
         seeds = sorted({seed for *key, _, seed in self.cells if tuple(key) == row})
@@ -80,7 +80,7 @@ class Cells:
         return np.array(top1), draws
 
     def rows(self) -> list[dict]:
-        """Each row at each budget: mean of top-1, std over label draws of the seeds' mean."""
+        """The rows of results.json; their std is over label draws, of the mean over seeds."""
         rows = []
         for row_key in dict.fromkeys(key[:3] for key in self.cells):
             cells = [cell for key, cell in self.cells.items() if key[:3] == row_key]
@@ -97,7 +97,7 @@ class Cells:
         return rows
 
     def claims(self, method: str) -> list[dict]:
-        """The claims as paired differences over the draws (and seeds) that both rows have."""
+        """CLAIMS as paired differences over the draws (and seeds) that both rows have."""
         inits = sorted({c["init"] for c in self.cells.values() if c["name"].startswith(method)})
         budgets = sorted({c["labels"] for c in self.cells.values()})
         claims = []
@@ -121,16 +121,16 @@ class Cells:
 
 
 def mean_and_std(values: np.ndarray) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (N - 1); None for the latter of one value."""
+    """Mean and sample standard deviation (N - 1); the latter is None for a single value."""
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def paired_interval(difference: np.ndarray) -> tuple[float, float | None]:
     """Mean and half width of the 95 % interval of paired differences (seeds, draws).
 
-    Draws and pretraining seeds are both random: their variances of the mean add, with Student's t
-    at Satterthwaite's degrees of freedom.  With one seed only the draws' is known; with one draw
-    and one seed there is no interval.
+    Seeds and draws are both random: the variance of the mean is the sum of the variances over each,
+    with Student's t at Satterthwaite's degrees of freedom.  With one seed it is that over draws
+    alone; with one draw and one seed there is no interval (None).
     """
     parts = []
     for axis in (0, 1):
@@ -138,7 +138,7 @@ def paired_interval(difference: np.ndarray) -> tuple[float, float | None]:
         if len(means) > 1:
             parts.append((means.var(ddof=1) / len(means), len(means) - 1))
     variance = sum(v for v, _ in parts)
-    if variance == 0:  # one value, or all the same, as where every draw takes all labels
+    if variance == 0:  # one value, or equal ones, as when every draw takes all labels
         return float(difference.mean()), None
     freedom = variance**2 / sum(v**2 / f for v, f in parts)
     t = T975[max(1, min(30, math.floor(freedom))) - 1]
@@ -146,7 +146,7 @@ def paired_interval(difference: np.ndarray) -> tuple[float, float | None]:
 
 
 def method_rows(cells: Cells, name: str, budgets: list[int], rate: float | None) -> list[dict]:
-    """Rows of a method or control in methods.json: mean over draws, then mean and std over seeds.
+    """Rows of a method or control in methods.json: mean and std over seeds of the mean over draws.
 
     rate   training images per second
     """
@@ -206,7 +206,7 @@ def _results_table(rows: list[dict]) -> str:
 
 
 def _head(row: dict) -> str:
-    """The column of a row: the label budget, after the classifier in a table of methods."""
+    """The column's head: the label budget, with the classifier before it in a table of methods."""
     labels = f"{row['labels']:,} labels"
     return f"{KINDS[row['kind']]}, {labels}" if "kind" in row else labels
 
@@ -236,7 +236,7 @@ def _percent(mean: float, std: float | None) -> str:
 
 
 def _table(lines: list[dict[str, str]]) -> str:
-    """Markdown of lines that are {head: cell}; signs that end a cell or begin code are escaped."""
+    """A Markdown table of lines {head: cell}; characters with a meaning there are escaped."""
     text = f"| {' | '.join(lines[0])} |\n" + "|---" * len(lines[0]) + "|\n"
     for line in lines:
         text += f"| {' | '.join(plain(cell, signs='|`') for cell in line.values())} |\n"

@@ -1,4 +1,4 @@
-"""Loads a frozen encoder or a classifier from --ckpt, and images of users."""
+"""Load a frozen encoder or a classifier from --ckpt, and the user's own images."""
 
 import sys
 from dataclasses import dataclass
@@ -27,33 +27,33 @@ from training.weights import TORCHVISION, Weights, load_file, read_weights
 
 
 def load(ckpt: str | Path, device: str = "cpu") -> tuple[nn.Module, EvalTransform]:
-    """The encoder of a run folder or file, in eval mode on `device`, and how its inputs are made.
+    """The encoder of a run folder or file, in eval mode on `device`, and its inputs' transform.
 
         encoder, transform = load("runs/byol-mine")
         features = encoder(transform(image))  # (1, D)
 
     `image` is a PIL image, or uint8 (3, H, W) or (B, 3, H, W) as its data set stores them.
-    Files without metadata are taken for torchvision's weights of ImageNet.
+    A file without metadata is read as torchvision's ImageNet weights.
     """
     return from_weights(read_weights(ckpt), f"--ckpt {ckpt}", device)
 
 
 def from_weights(weights: Weights, source: str, device: str) -> tuple[nn.Module, EvalTransform]:
-    """`load` of a file that was read already; `source` names it in errors."""
+    """`load` for weights that have been read; error messages call them `source`."""
     config = EncoderConfig(**inherited_tables(weights)[0]["encoder"])
     if config.arch not in ENCODERS:
         raise UserError(f"{source}: made with --arch {config.arch}, which this code does not have")
     encoder = weights.encoder(config, source).eval().requires_grad_(False)
     encoder.to(pick_device(device), memory_format=torch.channels_last)
     missing = TORCHVISION
-    if "crop_size" in weights.meta:  # then a frame that is not there is meant
+    if "crop_size" in weights.meta:  # our file: no crop in it means none
         missing = {k: TORCHVISION[k] for k in ("mean", "std")}
     return encoder, EvalTransform.from_meta(missing | weights.meta)
 
 
 @dataclass
 class FrozenEncoder:
-    """An encoder on its device with its transform, as a function: Images -> (N, feature_size)."""
+    """An encoder on its device with its transform; called, Images -> features (N, feature_size)."""
 
     encoder: nn.Module
     transform: EvalTransform
@@ -72,9 +72,9 @@ def load_frozen(ckpt: str | Path, device: str) -> FrozenEncoder:
 
 
 class Features:
-    """Features of labelled images, by `extract` once for each set of images.
+    """Function of labelled images: features (N, D), by calling `extract` once for each Images.
 
-    dataset   all its train images are computed at once, where several parts of them will follow
+    dataset   if set, features of all its train images are computed once and parts selected
     """
 
     def __init__(self, extract, dataset=None) -> None:
@@ -87,9 +87,9 @@ class Features:
 
 
 def load_classifier(ckpt: str, device: str) -> tuple[FrozenEncoder, Classifier, list[str]]:
-    """(frozen encoder, Classifier, class names) of a classifier.pt.
+    """(frozen encoder, Classifier, class names) from a classifier.pt.
 
-    ckpt   the file, its folder, or a pretraining run that was evaluated
+    ckpt   the file, its folder, or a pretraining run with an evaluation in it
     """
     path = classifier_file(Path(ckpt))
     saved = load_file(path, "--ckpt")
@@ -103,7 +103,7 @@ def load_classifier(ckpt: str, device: str) -> tuple[FrozenEncoder, Classifier, 
 
 
 def classifier_file(path: Path) -> Path:
-    """The classifier.pt that `path` means; a run's linear one before others."""
+    """The classifier.pt at `path`; in a pretraining run, the one in linear/ or the only one."""
     for file in (path, path / "classifier.pt", path / "linear" / "classifier.pt"):
         if file.is_file():
             return file
@@ -117,10 +117,10 @@ def classifier_file(path: Path) -> Path:
 
 
 def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
-    """Images of files and of all files below folders, and their names.
+    """The images in files and folders, searched recursively, and their paths.
 
-    They are as the folder data set packs them: upright, short side `side`, center square.  A file
-    that can't be decoded is left out with a warning.
+    Prepared as in the folder data set: upright, short side `side`, center square.  A file that
+    can't be decoded is left out with a warning.
     """
     paths = []
     for path in map(Path, words):
@@ -141,7 +141,7 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
 
 
 def parser(description: str, device: bool = True) -> Parser:
-    """The parser of a command on a trained network, with --ckpt and --device."""
+    """A parser with --ckpt and, unless `device` is False, --device."""
     arguments = Parser(description)
     arguments.add_argument("--ckpt", required=True, metavar="RUN", help="run folder or weights")
     if device:
@@ -150,7 +150,7 @@ def parser(description: str, device: bool = True) -> Parser:
 
 
 def command(run, arguments: Parser, argv: list[str] | None = None):
-    """`run` on the parsed command line; wrong input is one line on stderr."""
+    """Return `run(args)` of the parsed command line; an expected failure is one line on stderr."""
     with one_line_errors():
         args = arguments.parse_args(argv)
         if getattr(args, "top", 1) < 1:
@@ -160,18 +160,18 @@ def command(run, arguments: Parser, argv: list[str] | None = None):
 
 @dataclass(kw_only=True)
 class CkptConfig(Config):
-    """The settings of a script that takes a pretrained encoder."""
+    """Settings of a script that takes a pretrained encoder."""
 
     data: datasets.DataConfig
     encoder: ShapeConfig
     ckpt: str = option(
         "", "run folder, checkpoint or encoder.pt; bare weights need --arch, --stem, --width"
     )
-    weights: Weights | None = None  # what --ckpt holds
+    weights: Weights | None = None  # read from --ckpt
 
 
 def ckpt_config(config_class: type[CkptConfig], typed: dict) -> CkptConfig:
-    """`make_config` with the run of --ckpt for defaults."""
+    """`make_config` whose defaults are the settings of the run of --ckpt."""
     if not typed.get("ckpt"):
         raise UserError("--ckpt is missing: name a run folder, or a file of weights")
     weights = read_weights(typed["ckpt"])
@@ -184,21 +184,21 @@ def ckpt_config(config_class: type[CkptConfig], typed: dict) -> CkptConfig:
 
 
 def prepare(config: CkptConfig) -> None:
-    """Fetch the data set: what scripts with --ckpt need before any process group exists."""
+    """Download the data set if it is missing."""
     datasets.prepare(config.data)
 
 
 def from_config(config: CkptConfig, images: Images) -> tuple[nn.Module, EvalTransform]:
-    """The encoder of --ckpt and its transform for a data set's images, as a script's flags say."""
+    """The encoder of --ckpt, and its EvalTransform for `images` and the data set's flags."""
     encoder = config.weights.encoder(config.encoder, f"--ckpt {config.ckpt}")
     normalization = config.weights.normalization(images)
     return encoder, EvalTransform.of(config.data, images.shape, *normalization)
 
 
 def inherited_tables(weights: Weights) -> tuple[dict, dict]:
-    """For an evaluation: the run's data and the encoder's shape; its recipe's tables.
+    """Tables that an evaluation inherits: data and encoder of the run; those of its recipe.
 
-    What the recipe says of the run's own folder, and of going on, is left out.
+    Options of the recipe's [run] that belong to the run itself, such as `out`, are left out.
     """
     data, options = weights.config.get("data", {}), options_of(datasets.DataConfig).keys()
     data = {name: data[name] for name in options & data.keys() - {"download"}}
@@ -211,7 +211,7 @@ def inherited_tables(weights: Weights) -> tuple[dict, dict]:
 
 
 def folder_beside(config: CkptConfig, *names: str) -> str:
-    """The default run folder of an evaluation: beside the weights, named after its labels."""
+    """The default run folder of an evaluation: beside the weights, named by its labels."""
     data, parts = config.data, list(names)
     if data.labels:
         parts.append(f"labels{data.labels}-draw{data.draw}")

@@ -1,4 +1,4 @@
-"""Linear evaluation on random crops against its formula written out; rates side by side."""
+"""Linear evaluation on random crops against its formula; several rates at once."""
 
 import math
 

@@ -92,7 +92,7 @@ def test_an_edge_of_the_grid_is_said(monkeypatch):
 
 
 def test_the_span_of_the_rows_holds_the_solution():
-    """With fewer images than dimensions, the small problem is the full one."""
+    """With fewer images than dimensions, the small problem has the solution of the full one."""
     features, labels = problem(30, 60)
     x = features.double()
     x = (x - x.mean(0)) / x.std(0, correction=0)

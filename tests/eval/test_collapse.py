@@ -87,13 +87,13 @@ def test_the_names_say_which_output_is_meant():
 
 
 def warnings(*rows, first=0):
-    """Of metrics of a representation of 512 dimensions at the steps `first`, `first` + 1, ..."""
+    """Warnings for (std, rank) of 512 dimensions at the steps `first`, `first` + 1, ..."""
     history = [{"step": first + step, **row} for step, row in enumerate(rows)]
     return collapse_warnings(history, {"representation": 512}, 1)
 
 
 def test_a_rank_that_falls_to_10_of_512_is_a_warning():
-    """From a real ResNet-18 at its start, whose rank is a small part of 512 too."""
+    """Compared with a real untrained ResNet-18, whose rank is far below 512 too."""
     rng = np.random.default_rng(0)
     smooth = rng.integers(0, 256, (300, 3, 4, 4), np.uint8).repeat(4, 2).repeat(4, 3)
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_a_rank_that_falls_to_10_of_512_is_a_warning():
 
 
 def test_what_starts_near_collapse_is_no_warning():
-    """As random ReLU networks do: a tenth of 1/sqrt(D), and 9 of 512 dimensions, were measured."""
+    """Measured on random ReLU networks: std a tenth of 1/sqrt(D), rank 9 of 512."""
     start = {"std/representation": 0.1 / math.sqrt(512), "rank/representation": 9.0}
     assert warnings(start, start) == []
     assert len(warnings(start, {k: v / 5 for k, v in start.items()})) == 2
@@ -127,7 +127,7 @@ def test_each_metric_warns_once_in_order_of_time_and_not_at_first():
 
 
 RUN = "--steps 60 --optimizer sgd --lr 0.4 --knn-every 20 --quiet --threads 1".split()
-# No predictor, and a target that is the online network: nothing keeps them from collapsing.
+# No predictor, and a target that is the online network: nothing prevents collapse.
 COLLAPSE = [*RUN, *"--no-byol.predictor --byol.base-tau 0 --byol.tau-schedule constant".split()]
 
 

@@ -1,4 +1,4 @@
-"""Weights for other programs, where their packages are installed."""
+"""Export to other formats; skipped where their packages are not installed."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from training.weights import read_weights
 
 
 def features_of(run, images):
-    """By the encoder as evaluations use it."""
+    """Features of `images` by the run's encoder, as evaluations compute them."""
     encoder, transform = load(run)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.mean, transform.std))
     with torch.no_grad():

@@ -38,7 +38,7 @@ def encoder() -> Encoder:
 
 
 def by_hand(pictures: Images) -> torch.Tensor:
-    """One image at a time, in eval mode."""
+    """Features of one image at a time, in eval mode."""
     network, rows = encoder().eval(), []
     for pixel in pictures.parts[0]:
         x = (pixel.astype(np.float64) / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(

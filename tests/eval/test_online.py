@@ -109,7 +109,7 @@ def test_collapse_is_watched_for_online_and_target_with_and_without_labels():
 
 
 def test_without_labels_the_watched_images_come_from_the_whole_set():
-    """A folder is stored in the order of its names: the first ones may all be alike."""
+    """A folder's images are in the order of their names, so the first ones may all be alike."""
     pictures, _ = images(5000)
     watch = online(labelled=False, pictures=pictures)
     index = watch.images.index[:2048]
@@ -130,7 +130,7 @@ def test_each_warning_is_returned_when_it_comes_also_in_a_resumed_run(monkeypatc
 
 
 def test_metrics_that_are_not_finite_stop_nothing():
-    """The loop's own check says what happened and at which step."""
+    """The loop's own check is what stops the run, and names the step."""
     byol = method()
     with torch.no_grad():
         byol.projector[0].weight.fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""The table of protocols, and what results carry."""
+"""The table of protocols, and result records."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The report: one file, all sections, the table's own figures."""
+"""The report: one file with all sections, and the numbers of results.md."""
 
 import base64
 import dataclasses
@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def table(trained_run, tmp_path):
-    """What reproduce.py leaves behind."""
+    """A folder as reproduce.py writes it."""
     folder = tmp_path / "a <table>"
     shutil.copytree(trained_run, folder / "byol-random-seed0")
     cells = Cells(folder / "cells.jsonl", True)
@@ -116,7 +116,7 @@ def test_a_table_of_validation_images_shows_no_test_image(sample, table):
 
 
 def pixels_of(source: str) -> np.ndarray:
-    """(H, W) of a grey image in a data URI."""
+    """(H, W) of a gray image in a data URI."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))[..., 0]
 
 

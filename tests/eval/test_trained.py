@@ -1,4 +1,4 @@
-"""A trained network on a user's own files: predictions, neighbours, features."""
+"""A trained network on a user's own files: predictions, neighbors, features."""
 
 import json
 import shutil
@@ -171,7 +171,7 @@ def test_features_of_a_named_data_set_have_numbers(sample, trained_run, tmp_path
 def test_bare_weights_are_evaluated_and_predict_with_what_the_evaluation_used(
     sample, recipe, trained_run, pictures, subset, tmp_path
 ):
-    """The way of another library's weights: mean, std and frame are those of the evaluation."""
+    """As with another library's weights: mean, std and frame are those of the evaluation."""
     torch.save(read_weights(trained_run).tensors, tmp_path / "theirs.pth")
     flags = ["--ckpt", str(tmp_path / "theirs.pth"), "--recipe", recipe, "--quiet"]
     result = linear_eval.main([*flags, "--eval-size", "24", "--out", str(tmp_path / "linear")])
@@ -197,7 +197,7 @@ def test_weights_that_say_nothing_are_taken_for_torchvisions(tmp_path):
 
 
 def test_a_notebooks_two_lines(trained_run, pictures, subset):
-    """The features of an image are the same as a file, as pixels, in a batch and in a data set."""
+    """An image has the same features as a file, as pixels, in a batch and in a data set."""
     encoder, transform = load(trained_run)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     expected = extract(encoder, subset.test, transform)
@@ -210,7 +210,7 @@ def test_a_notebooks_two_lines(trained_run, pictures, subset):
 
 
 def test_pictures_of_any_kind_are_brought_to_the_encoders_size(trained_run, tmp_path):
-    """As eval.predict does: upright, on white, resized, centre square."""
+    """As eval.predict does: upright, on white, resized, center square."""
     _, transform = load(trained_run)
     image = Image.new("RGBA", (40, 90), (0, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 40, 45))
@@ -226,7 +226,7 @@ def test_pictures_of_any_kind_are_brought_to_the_encoders_size(trained_run, tmp_
 
 @pytest.mark.parametrize("ending", ["tif", "png", "jpg", "webp"])
 def test_a_picture_is_turned_once(trained_run, tmp_path, ending):
-    """Opened and not yet decoded, as in a notebook; some formats are turned by decoding."""
+    """The file is opened and not yet decoded, as in a notebook; decoding turns some formats."""
     image = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3) // 2)
     exif = Image.Exif()
     exif[0x0112] = 6
