@@ -36,7 +36,7 @@ from baseline.baseline import Baseline, Finetune
 from core import options
 from core.errors import UserError
 from core.files import read_json, write_json
-from core.options import make_config, option, parse, with_method
+from core.options import make_config, option, options_of, parse, with_method
 from data import datasets
 from data.images import Images
 from data.labelled import Split, evaluation
@@ -195,17 +195,27 @@ class Table:
 
 
 def keep_settings(path: Path, config: Config) -> None:
-    """Write what shapes the cells; UserError where --out holds cells of other settings."""
-    more = ("run", "reproduce")  # they change no cell, and may ask for more of them
-    recipe = {name: table for name, table in config.recipe_tables.items() if name not in more}
-    flags = {k: v for k, v in config.typed.items() if "." in k and k.split(".")[0] not in more}
-    settings = {"recipe": recipe, "flags": flags}
-    if path.exists() and read_json(path) != settings:
+    """Write the settings that shape the cells; UserError where --out holds cells of others."""
+    settings = shaping({"recipe": config.recipe_tables, "flags": config.typed})
+    if path.exists() and shaping(read_json(path)) != settings:
         raise UserError(
             f"--out {path.parent} holds a table of another recipe or other flags; "
             "choose another --out"
         )
     write_json(path, settings)
+
+
+def shaping(settings: dict) -> dict:
+    """The part of {"recipe": tables, "flags": typed values} that changes the result of a cell."""
+    others = ("", "run", "reproduce")  # where the cells are measured, and which
+    recipe = {name: table for name, table in settings["recipe"].items() if name not in others}
+    recipe["data"] = dict(recipe.get("data", {}))
+    flags = {k: v for k, v in settings["flags"].items() if k.rpartition(".")[0] not in others}
+    for name, (field, _) in options_of(datasets.DataConfig).items():
+        if not field.metadata["trajectory"]:  # such as data_root
+            recipe["data"].pop(name, None)
+            flags.pop(f"data.{name}", None)
+    return {"recipe": recipe, "flags": flags}
 
 
 def pixels(images: Images, side: int = 32) -> Tensor:

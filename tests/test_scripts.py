@@ -442,6 +442,10 @@ def test_reproduce_refuses_to_mix_settings(sample, recipe, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             reproduce.main(argv=[*flags, *other])
         assert stop.value.code == 2 and "another --out" in capsys.readouterr().err
+    settings = json.loads((out / "settings.json").read_text())
+    settings["flags"]["data.download"] = True
+    (out / "settings.json").write_text(json.dumps(settings))
+    reproduce.main(argv=[*flags, "--data-root", str(tmp_path), "--strict"])  # no result changes
     assert (out / "cells.jsonl").read_bytes() == cells
 
 
