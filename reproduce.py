@@ -207,14 +207,15 @@ def keep_settings(path: Path, config: Config) -> None:
 
 def shaping(settings: dict) -> dict:
     """The part of {"recipe": tables, "flags": typed values} that changes the result of a cell."""
-    others = ("", "run", "reproduce")  # where the cells are measured, and which
-    recipe = {name: table for name, table in settings["recipe"].items() if name not in others}
-    recipe["data"] = dict(recipe.get("data", {}))
+    others = ("", "reproduce")  # which cells are measured
+    recipe = {name: dict(t) for name, t in settings["recipe"].items() if name not in others}
     flags = {k: v for k, v in settings["flags"].items() if k.rpartition(".")[0] not in others}
-    for name, (field, _) in options_of(datasets.DataConfig).items():
-        if not field.metadata["trajectory"]:  # such as data_root
-            recipe["data"].pop(name, None)
-            flags.pop(f"data.{name}", None)
+    for table, kind in {"data": datasets.DataConfig, "run": TableRun}.items():
+        for name, (field, _) in options_of(kind).items():
+            if not field.metadata["trajectory"]:  # such as data_root
+                recipe.get(table, {}).pop(name, None)
+                flags.pop(f"{table}.{name}", None)
+    recipe = {name: table for name, table in recipe.items() if table}
     return {"recipe": recipe, "flags": flags}
 
 

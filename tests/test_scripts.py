@@ -438,14 +438,15 @@ def test_reproduce_refuses_to_mix_settings(sample, recipe, tmp_path, capsys):
     flags = ["--recipe", recipe, "--out", str(out), "--mlp.steps", "5"]
     reproduce.main(argv=flags)
     cells = (out / "cells.jsonl").read_bytes()
-    for other in (["--mlp.steps", "6"], ["--evaluate-on", "validation"]):
+    others = ["--mlp.steps", "6"], ["--evaluate-on", "validation"], ["--batch-norm", "local"]
+    for other in others:
         with pytest.raises(SystemExit) as stop:
             reproduce.main(argv=[*flags, *other])
         assert stop.value.code == 2 and "another --out" in capsys.readouterr().err
     settings = json.loads((out / "settings.json").read_text())
     settings["flags"]["data.download"] = True
     (out / "settings.json").write_text(json.dumps(settings))
-    reproduce.main(argv=[*flags, "--data-root", str(tmp_path), "--strict"])  # no result changes
+    reproduce.main(argv=[*flags, "--data-root", str(tmp_path), "--strict", "--keep", "3"])
     assert (out / "cells.jsonl").read_bytes() == cells
 
 
