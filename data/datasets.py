@@ -1,4 +1,4 @@
-"""The data sets by name: what they hold, and which images are for pretraining."""
+"""The data sets by name, the options of [data], and the images for pretraining."""
 
 import importlib
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ class DataConfig:
     """[data]: images and their sizes."""
 
     dataset: str = option("stl10", "data set", choices=NAMES)
-    data_root: str = running("datasets", "folder of the data (folder: DIR with train/, test/)")
-    download: bool = running(False, "fetch stl10 or cifar10 when missing")
+    data_root: str = running("datasets", "folder of the data (--dataset folder: train/, test/)")
+    download: bool = running(False, "download stl10 or cifar10 if missing")
     crop_size: int = option(96, "side of the views, pixels", low=8)
-    store_size: int = option(160, "folder: side that images are packed at, pixels", low=8)
+    store_size: int = option(160, "--dataset folder: side of the packed images, pixels", low=8)
     eval_size: int = option(
-        0, "short side in evaluation (0: the full frame up to 96, else 8/7 crop)", low=0
+        0, "short side before the crop (0: no crop up to 96 pixels, else 8/7 of --crop-size)", low=0
     )
-    strict: bool = running(False, "folder: refuse unreadable images")
+    strict: bool = running(False, "--dataset folder: stop at unreadable images")
 
 
 @dataclass
@@ -39,10 +39,10 @@ class PretrainData(DataConfig):
 
 @dataclass
 class MeasuredData(DataConfig):
-    """[data] of an evaluation: images, their sizes, and what is measured on."""
+    """[data] of an evaluation: images, their sizes, and which are evaluated on."""
 
     evaluate_on: str = option(
-        "test", "validation: the labelled images outside the draw", choices=("test", "validation")
+        "test", "validation: labelled train images outside the draw", choices=("test", "validation")
     )
 
 
@@ -50,19 +50,19 @@ class MeasuredData(DataConfig):
 class LabelledData(MeasuredData):
     """[data] of a command that learns from labels: images, their sizes, and the labels used."""
 
-    labels: int = option(0, "labelled images used (0: all)", low=0)
-    draw: int = option(0, "which random draw of them; draws are nested in --labels", low=0)
+    labels: int = option(0, "number of labelled images to use (0: all)", low=0)
+    draw: int = option(0, "seed of the label draw; fewer labels are a subset of more", low=0)
     fold: int = option(-1, "one of STL-10's ten predefined folds (-1: none)", low=-1, high=9)
 
 
 @dataclass
 class TableData(PretrainData, MeasuredData):
-    """[data] of reproduce.py: images, their sizes, and what is measured on."""
+    """[data] of reproduce.py: images, their sizes, and which are evaluated on."""
 
 
 @dataclass
 class Dataset:
-    """What a data set offers; labels are int64, 0-based; any set of images may be absent."""
+    """Images and labels (int64, from 0) of a data set; None for those that it does not have."""
 
     train: Images | None  # labelled
     train_labels: np.ndarray | None
@@ -71,10 +71,10 @@ class Dataset:
     test_labels: np.ndarray | None
     class_names: list[str]
     folds: list[np.ndarray] | None = None
-    files: dict[str, list[str]] | None = None  # split -> file names in the order of its images
+    files: dict[str, list[str]] | None = None  # split -> file names, in the images' order
 
     def pretraining(self, pretrain_on: str) -> tuple[Images, np.ndarray]:
-        """Images to pretrain on, and their labels, -1 where there are none."""
+        """Images to pretrain on and their labels, -1 where unknown."""
         if self.unlabelled is None:
             if pretrain_on == "unlabelled":
                 raise UserError("--pretrain-on unlabelled: this data set has no unlabelled images")
@@ -82,9 +82,8 @@ class Dataset:
         unknown = np.full(len(self.unlabelled), -1)
         if pretrain_on == "unlabelled" or self.train is None:
             return self.unlabelled, unknown
-        train, unlabelled = self.train, self.unlabelled
-        parts = Images(train.parts + unlabelled.parts, train.column_major)
-        return parts, np.concatenate([self.train_labels, unknown])
+        images = Images(self.train.parts + self.unlabelled.parts)
+        return images, np.concatenate([self.train_labels, unknown])
 
 
 def prepare(data: DataConfig) -> None:
@@ -93,7 +92,7 @@ def prepare(data: DataConfig) -> None:
 
 
 def load(data: DataConfig) -> Dataset:
-    """Open the data set; sizes and labels are checked, pixels stay on the disk."""
+    """Open the data set and check its sizes and labels; large files are memory-mapped."""
     return _module(data.dataset).load(Path(data.data_root), data)
 
 

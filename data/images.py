@@ -1,4 +1,4 @@
-"""Images as uint8 behind `take`, over one or several arrays that may be memory-mapped."""
+"""Images as uint8 arrays, in memory or memory-mapped, read by index."""
 
 import numpy as np
 import torch
@@ -8,16 +8,14 @@ from core.device import CPU, fits_on, to_device
 
 
 class Images:
-    """N images of one size, RGB or gray, read by index.
+    """N images of one size, RGB or gray.
 
-    parts          arrays (n, C, H, W) of uint8 with C = 1 or 3, one after another; or one tensor
-                   in a device's memory
-    column_major   the arrays are (n, C, W, H) instead, as STL-10's files are
-    index          which of the images, in which order; None for all
+    parts   arrays (n, C, H, W) of uint8 with C = 1 or 3, in any memory order; or one such tensor
+    index   which of all images, in which order; None for all as they are
     """
 
-    def __init__(self, parts: list[np.ndarray], column_major=False, index=None) -> None:
-        self.parts, self.column_major, self.index = parts, column_major, index
+    def __init__(self, parts: list[np.ndarray], index: np.ndarray | None = None) -> None:
+        self.parts, self.index = parts, index
         self.offsets = np.cumsum([0] + [len(part) for part in parts])
 
     def __len__(self) -> int:
@@ -26,43 +24,38 @@ class Images:
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        height, width = self.parts[0].shape[2:]
-        return (width, height) if self.column_major else (height, width)
+        return tuple(self.parts[0].shape[2:])
 
     @property
     def gray(self) -> bool:
-        """Whether they are stored with one channel."""
+        """Whether the images are stored with one channel."""
         return self.parts[0].shape[1] == 1
 
     def take(self, indices: np.ndarray, device: torch.device = CPU) -> Tensor:
         """The images at `indices` on `device`: (B, 3, H, W) uint8.
 
-        A gray image is copied to the device as one channel, and repeated there.
+        A gray image is copied to the device as one channel and expanded there.
         """
-        images = self._stored(indices, device)
-        if self.column_major:
-            images = images.transpose(2, 3)
-        return images.expand(-1, 3, -1, -1)
-
-    def _stored(self, indices: np.ndarray, device: torch.device) -> Tensor:
         if self.index is not None:
             indices = self.index[indices]
-        if isinstance(self.parts[0], Tensor):
-            return self.parts[0][to_device(indices, self.parts[0].device)].to(device)
-        if len(self.parts) == 1:
-            pixels = self.parts[0][indices]
+        first = self.parts[0]
+        if isinstance(first, Tensor):
+            images = first[to_device(indices, first.device)].to(device)
+        elif len(self.parts) == 1:
+            images = to_device(first[indices], device)
         else:
-            pixels = np.empty((len(indices), *self.parts[0].shape[1:]), np.uint8)
+            # empty_like keeps the parts' memory order, which is faster to copy to
+            pixels = np.empty_like(first, shape=(len(indices), *first.shape[1:]), subok=False)
             for part, start in zip(self.parts, self.offsets, strict=False):
                 inside = (indices >= start) & (indices < start + len(part))
                 pixels[inside] = part[indices[inside] - start]
-        return to_device(np.ascontiguousarray(pixels), device)
+            images = to_device(pixels, device)
+        return images.expand(-1, 3, -1, -1)
 
     def resident(self, device: torch.device, when: str, block: int = 1024) -> "Images":
-        """The same images in the device's memory, so that a GPU waits for no disk and no bus.
+        """A copy of the images in the device's memory, or these images if none is made.
 
-        when   always, never (then these images), or auto: if they take less than half of a GPU's
-               free memory
+        when   always, never, or auto: if the copy takes less than half of a GPU's free memory
         """
         shape = self.parts[0].shape[1:]
         if when == "never" or (when == "auto" and not fits_on(device, len(self) * np.prod(shape))):
@@ -70,14 +63,14 @@ class Images:
         pixels = torch.empty((len(self), *shape), dtype=torch.uint8, device=device)
         for start in range(0, len(self), block):
             rows = np.arange(start, min(start + block, len(self)))
-            pixels[start : start + block] = self._stored(rows, device)
-        return Images([pixels], self.column_major)
+            pixels[start : start + block] = self.take(rows, device)[:, : shape[0]]
+        return Images([pixels])
 
     def subset(self, index: np.ndarray) -> "Images":
-        """The images at `index`, as Images; no pixel is copied."""
+        """The images at `index`; no pixel is copied."""
         index = np.asarray(index)
         index = index if self.index is None else self.index[index]
-        return Images(self.parts, self.column_major, index)
+        return Images(self.parts, index)
 
     def statistics(self, most: int = 1000) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel in 0..1, over `most` evenly spaced images."""
@@ -85,7 +78,7 @@ class Images:
         pixels = self.take(chosen).transpose(0, 1).reshape(3, -1)
         values = torch.arange(256, dtype=torch.float64) / 255
         mean, std = [], []
-        for channel in pixels:  # from the histogram: exact, and no copy in float
+        for channel in pixels:  # from the histogram: exact, without a copy in float
             share = torch.bincount(channel.int(), minlength=256).double() / channel.numel()
             mean.append(float((share * values).sum()))
             std.append(max(float((share * (values - mean[-1]) ** 2).sum() ** 0.5), 1e-3))

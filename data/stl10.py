@@ -1,4 +1,4 @@
-"""STL-10 (Coates, Ng, Lee 2011): its official binary files, or smaller ones, memory-mapped."""
+"""STL-10 (Coates, Ng, Lee 2011), memory-mapped from its official files or smaller ones."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ IMAGE = 3 * 96 * 96  # bytes
 
 
 def prepare(root: Path, data: DataConfig) -> None:
-    """Download, check and unpack the archive (2.5 GB) where its folder in `root` is missing."""
+    """Download, check and unpack the archive (2.5 GB) if its folder in `root` is missing."""
     fetch(root / STL10.base_folder, STL10.url, STL10.tgz_md5, data.download)
 
 
 def load(root: Path, data: DataConfig) -> Dataset:
-    """Map the files; a UserError names the file whose size, labels or folds are wrong."""
+    """Map the files; UserError names a file whose size, labels or folds are wrong."""
     folder = root / STL10.base_folder
     labels, test_labels = _labels(folder / "train_y.bin"), _labels(folder / "test_y.bin")
     train = _images(folder / "train_X.bin", len(labels))
@@ -36,17 +36,17 @@ def load(root: Path, data: DataConfig) -> Dataset:
 
 
 def _images(path: Path, count: int | None) -> Images:
-    """`count` images, or as many as there are; in the file each is (3, W, H), column-major."""
+    """`count` images, or as many as the file holds."""
     size = path.stat().st_size if path.is_file() else 0
     expected = size // IMAGE if count is None else count
     if size == 0 or size != expected * IMAGE:
         text = f"a multiple of {IMAGE}" if count is None else f"{count * IMAGE} ({count} images)"
         raise _wrong(path, f"{size} bytes, expected {text}")
-    return Images([np.memmap(path, np.uint8, "r", shape=(expected, 3, 96, 96))], True)
+    columns = np.memmap(path, np.uint8, "r", shape=(expected, 3, 96, 96))  # (n, 3, W, H)
+    return Images([columns.transpose(0, 1, 3, 2)])
 
 
 def _labels(path: Path) -> np.ndarray:
-    """0-based labels."""
     labels = np.frombuffer(_read(path), np.uint8)
     wrong = np.flatnonzero((labels < 1) | (labels > 10))
     if len(wrong):
@@ -55,7 +55,7 @@ def _labels(path: Path) -> np.ndarray:
 
 
 def _folds(path: Path, count: int) -> list[np.ndarray]:
-    """Ten index sets below `count`, one a line."""
+    """Ten arrays of different indices below `count`, one from each line."""
     known = set(range(count))
     try:
         folds = [[int(word) for word in line.split()] for line in _read(path).strip().splitlines()]

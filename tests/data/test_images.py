@@ -33,9 +33,10 @@ def test_take_crosses_parts_in_any_order():
 def test_column_major_files_are_turned_upright(parts):
     upright = pixels(4, height=4, width=6)
     stored = np.ascontiguousarray(upright.transpose(0, 1, 3, 2))
-    images = Images(np.split(stored, parts), column_major=True)
+    images = Images([part.transpose(0, 1, 3, 2) for part in np.split(stored, parts)])
     assert images.shape == (4, 6)
-    assert np.array_equal(images.take(np.arange(4)).numpy(), upright)
+    got = images.take(np.arange(4))
+    assert np.array_equal(got.numpy(), upright) and got.stride()[2:] == (1, 4)  # not rearranged
 
 
 def test_gray_images_get_three_equal_channels():
@@ -83,7 +84,8 @@ def test_statistics_sample_the_whole_range():
 def test_resident_images_are_the_same_images():
     """Of two parts, column-major, a subset of them: gathered from one tensor in memory."""
     stored = np.ascontiguousarray(pixels(7, channels=1).transpose(0, 1, 3, 2))
-    images = Images([stored[:3], stored[3:]], column_major=True).subset(np.array([6, 0, 2, 4, 5]))
+    upright = stored.transpose(0, 1, 3, 2)
+    images = Images([upright[:3], upright[3:]]).subset(np.array([6, 0, 2, 4, 5]))
     resident = images.resident(CPU, "always", block=2)
     assert isinstance(resident.parts[0], torch.Tensor) and len(resident) == 5
     assert resident.shape == images.shape and resident.gray
