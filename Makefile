@@ -1,4 +1,4 @@
-# make demo: the results table of the sample; make test: the tests.  VENV=DIR reuses an environment.
+# make demo: a table of results on the sample; make test: the tests.  VENV=DIR: your environment.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
@@ -11,14 +11,8 @@ test: $(VENV)/.installed-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.installed-tests
-	$(BIN)/python -m pytest -m slow
-
-test-faults: $(VENV)/.installed-tests
-	$(BIN)/python -m pytest -m faults
-
-test-scale: $(VENV)/.installed-tests
-	$(BIN)/python -m pytest -m scale
+test-slow test-faults test-scale: test-%: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest -m $*
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=...")'

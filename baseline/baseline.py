@@ -1,4 +1,4 @@
-"""The supervised classifier, as a method: the baseline from scratch, and fine-tuning."""
+"""Supervised training as a method: the baseline from scratch, and fine-tuning."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Baseline(Method):
 
     name = "baseline"
     uses_labels = True
-    # As in recipes/stl10.toml: plain SGD, and steps instead of epochs, since labels are few.
+    # As in recipes/stl10.toml; steps instead of epochs, since labels are few.
     defaults = {
         "optim": dict(
             optimizer="sgd", lr=0.1, weight_decay=5e-4, batch_size=100, steps=5000, warmup_epochs=0
@@ -24,14 +24,14 @@ class Baseline(Method):
     class Config:
         """[baseline]: augmentation and regularization of the labelled training."""
 
-        area: list[float] = option([0.3, 1.0], "area fraction of the crops", low=0.01, high=1)
+        area: list[float] = option([0.3, 1.0], "crop's area fraction, from to", low=0.01, high=1)
         flip_p: float = option(0.5, "probability of a mirror image", low=0, high=1)
-        shift: int = option(0, "shift within a zero border of this many pixels", low=0)
-        label_smoothing: float = option(0.0, "cross-entropy's label smoothing", low=0, high=0.9)
+        shift: int = option(0, "zero border around the image before the crop, pixels", low=0)
+        label_smoothing: float = option(0.0, "label smoothing of cross-entropy", low=0, high=0.9)
         sweep_lr: list[float] = option(
-            [0.005, 0.01, 0.02, 0.05, 0.1], "--sweep: rates (BYOL, App. C.2)", low=0
+            [0.005, 0.01, 0.02, 0.05, 0.1], "--sweep: learning rates (BYOL, App. C.2)", low=0
         )
-        sweep_epochs: list[int] = option([30, 50], "--sweep: epochs", low=1)
+        sweep_epochs: list[int] = option([30, 50], "--sweep: numbers of epochs", low=1)
 
         def check(self, label: str) -> None:
             """UserError unless `area` is a pair."""
@@ -57,20 +57,13 @@ class Baseline(Method):
 
 
 class Finetune(Baseline):
-    """The same training, from a pretrained encoder."""
+    """The same training, started from a pretrained encoder."""
 
     name = "finetune"
-    # As in recipes/stl10.toml: BYOL's fine-tuning (App. C.2), without its sweep.
+    # As in recipes/stl10.toml: BYOL's fine-tuning (App. C.2) without its sweep.
     defaults = {
-        "optim": dict(
-            optimizer="sgd",
-            nesterov=True,
-            lr=0.05,
-            weight_decay=0.0,
-            batch_size=100,
-            steps=2500,
-            warmup_epochs=0,
-        )
+        "optim": Baseline.defaults["optim"]
+        | dict(nesterov=True, lr=0.05, weight_decay=0.0, steps=2500)
     }
 
     @dataclass
