@@ -30,7 +30,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Linear - BatchNorm - ReLU - Linear without bias: projector and predictor (Sec. 3.3).
 
     The output is not normalized.  Weights start as in the authors' code (haiku's default): normal
-    with scale 1/sqrt(fan_in), cut at two scales, which leaves a standard deviation of 0.88 scale.
+    with standard deviation s = 1/sqrt(inputs), truncated at 2 s, which leaves one of 0.88 s.
     """
     layers = nn.Sequential(
         nn.Linear(inputs, hidden),
@@ -46,7 +46,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class BYOL(Method):
-    """An online network predicts the projection of another view by its moving average."""
+    """The online network predicts the target network's projection of the other view."""
 
     name = "byol"
 
@@ -56,11 +56,11 @@ class BYOL(Method):
 
         base_tau: float = option(0.99, "EMA decay of the target at the first step", low=0, high=1)
         tau_schedule: str = option(
-            "cosine", "decay over the run: to 1, or as it is", choices=("cosine", "constant")
+            "cosine", "EMA decay: rises to 1 by a cosine, or fixed", choices=("cosine", "constant")
         )
         hidden: int = option(4096, "hidden size of projector and predictor", low=1)
         projection: int = option(256, "output size of projector and predictor", low=1)
-        predictor: bool = option(True, "without one the networks collapse (Table 5b)")
+        predictor: bool = option(True, "without a predictor the outputs collapse (Table 5b)")
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(encoder, config)
@@ -71,9 +71,9 @@ class BYOL(Method):
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     def forward(self, view1: Tensor, view2: Tensor) -> dict[str, Tensor]:
-        """Online and target network on each view by itself: batch statistics are per view."""
+        """Outputs of both networks, one view at a time: batch statistics are per view."""
         with torch.no_grad():  # the target learns by moving average only
-            # first: its activations are gone when the online network's begin to pile up
+            # first, so that its activations are freed before the online network's are kept
             representation = [self.target_encoder(view) for view in (view1, view2)]
             target = [self.target_projector(y) for y in representation]
         return super().forward(view1, view2) | {
@@ -82,15 +82,15 @@ class BYOL(Method):
         }
 
     def loss(self, outputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the batch of the SUM of both directions: 0..8, about 4 at random (Sec. 3.1)."""
+        """Batch mean of the SUM of both directions: 0..8, 4 for random outputs (Sec. 3.1)."""
         (q1, q2), (z1, z2) = outputs["prediction"], outputs["target"].detach()
         return (regression_loss(q1, z2) + regression_loss(q2, z1)).mean(), {}
 
     @torch.no_grad()
     def after_step(self, progress: float) -> dict[str, float]:
-        """target <- tau target + (1 - tau) online: parameters only (eq. 1).
+        """target <- tau target + (1 - tau) online, for the parameters (eq. 1).
 
-        The target's batch-norm buffers are its own, from its own forward passes.
+        The target's batch-norm statistics come from its own forward passes.
         """
         tau = self.config.base_tau
         if self.config.tau_schedule == "cosine":

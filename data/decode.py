@@ -1,4 +1,4 @@
-"""Image files as uint8 squares, by Pillow."""
+"""Decode image files to uint8 squares, with Pillow."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from PIL.Image import Transpose
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION, SAMPLEFORMAT
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION as PHOTOMETRIC
 
-BLOCK = 256  # files in flight, which bounds the memory
-SOFTWARE = "byol"  # in the PNG files that this project writes; they are no data
+BLOCK = 256  # images decoded ahead; bounds the memory
+SOFTWARE = "byol"  # marks the PNG files that this project writes, which are never data
 OURS = f"a picture made by {SOFTWARE}"
-UPRIGHT = {  # by EXIF's orientation
+UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -26,28 +26,28 @@ UPRIGHT = {  # by EXIF's orientation
 
 
 def decode(path: Path, size: int) -> np.ndarray:
-    """The image in a file, as by `square`; ValueError where this project has made it."""
+    """The image in a file, as `square` returns it; ValueError if this project wrote the file."""
     with Image.open(path) as image:
         if image.info.get("Software") == SOFTWARE:
             raise ValueError(OURS)
-        image.draft(image.mode, (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 or 1/8 if enough
+        image.draft(image.mode, (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4, 1/8 if enough
         return square(image, size)
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """(3, size, size) uint8: upright, RGB on white, short side `size`, center square.
+    """Upright center square, RGB on white, resized to `size`: (3, size, size) uint8.
 
-    ValueError where the range of its pixels is unknown.  `image` may not be decoded yet.
+    ValueError if the range of its pixels is unknown.  `image` may be open but not decoded yet.
     """
     if not _has_known_range(image):
         raise ValueError(
-            "32-bit or signed pixels, whose range is unknown, or a 16-bit TIFF of a kind that "
-            "Pillow misreads: save it as PNG with 8 or 16 bits"
+            "32-bit or signed pixels, whose range is unknown, or a 16-bit TIFF that Pillow "
+            "decodes incorrectly: save it as PNG with 8 or 16 bits"
         )
     image.load()
     if (turn := _turn(image)) is not None:
         image = image.transpose(turn)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips them at 255
         values = np.asarray(image).clip(0, 65535)
         values[values == image.info.get("transparency", -1)] = 65535
         image = Image.fromarray((values // 257).astype(np.uint8))
@@ -59,9 +59,9 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def decode_all(paths: list[Path], size: int) -> Iterator[np.ndarray | str]:
-    """The images in order, each as by `decode`, or why it can't be decoded.
+    """Yield each image as `decode` returns it, or the reason why it can't be decoded, in order.
 
-    OSError where a file can't be opened.  BLOCK images are in flight.
+    OSError if a file can't be read.
     """
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")  # Pillow's, about odd metadata
@@ -70,19 +70,18 @@ def decode_all(paths: list[Path], size: int) -> Iterator[np.ndarray | str]:
 
 
 def _try(path: Path, size: int) -> np.ndarray | str:
-    """The image, or why it can't be decoded."""
     try:
         return decode(path, size)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's formats raise anything, SyntaxError and struct.error too
-        if isinstance(error, OSError) and error.errno:  # the disk's fault, not the image's
+    except Exception as error:  # Pillow raises many kinds, even SyntaxError and struct.error
+        if isinstance(error, OSError) and error.errno:  # of the disk, not of the image
             raise
         return " ".join(str(error).split()) or type(error).__name__
 
 
 def _has_known_range(image: Image.Image) -> bool:
-    """Whether the pixels have 8 or 16 bits without a sign and Pillow decodes them rightly."""
+    """Whether the pixels are unsigned, of 8 or 16 bits, and Pillow decodes them correctly."""
     tags = image.tag_v2 if image.format == "TIFF" else {}
     signed = 2 in tags.get(SAMPLEFORMAT, ())
     planes_or_inverted = tags.get(PLANAR_CONFIGURATION) == 2 or tags.get(PHOTOMETRIC) == 0
@@ -93,8 +92,8 @@ def _has_known_range(image: Image.Image) -> bool:
 
 
 def _turn(image: Image.Image) -> Transpose | None:
-    """What makes the image upright by its EXIF; None where it is, or EXIF can't be read."""
+    """The transposition that EXIF asks for, if any; None if EXIF can't be read."""
     try:
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # Pillow's; whatever is damaged there, the pixels are good
+    except Exception:  # damaged EXIF raises many kinds; the pixels may be good
         return None

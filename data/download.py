@@ -1,4 +1,4 @@
-"""The official archive of a data set: downloaded, checked and unpacked, whole or not at all."""
+"""Download, check and unpack the official archive of a data set."""
 
 import os
 import shutil
@@ -15,10 +15,10 @@ TIMEOUT = 30  # seconds without a byte
 
 
 def fetch(folder: Path, url: str, md5: str, download: bool) -> None:
-    """Make `folder`, which the archive at `url` holds, where it is missing.
+    """Download the archive at `url` and unpack `folder` from it, unless that exists.
 
-    download   whether the user has allowed it
-    UserError with the commands that do it by hand where it can't be done.
+    download   whether the user allows it
+    UserError with the commands to do it by hand if it fails; nothing is left behind then.
     """
     by_hand = f"fetch {url} yourself and run: tar -xzf FILE -C {folder.parent}"
     if folder.is_dir():
@@ -26,10 +26,10 @@ def fetch(folder: Path, url: str, md5: str, download: bool) -> None:
     if not download:
         raise UserError(f"--data-root: no folder {folder}; add --download, or {by_hand}")
     with locked(folder.parent / f".{folder.name}.lock"):
-        if folder.is_dir():  # by another process in the meantime
+        if folder.is_dir():  # made by another process in the meantime
             return
         partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         try:
             _download(partial, url, md5)
             os.rename(partial / folder.name, folder)
@@ -40,9 +40,9 @@ def fetch(folder: Path, url: str, md5: str, download: bool) -> None:
 
 
 def _download(folder: Path, url: str, md5: str) -> None:
-    """Unpack the archive into `folder`; OSError of one line where it is not the official one."""
+    """Unpack the archive into `folder`; OSError if it can't be fetched or has another MD5."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision would wait for ever
+    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait forever
     try:
         download_url(url, folder, "archive", md5)
         with tarfile.open(folder / "archive") as archive:

@@ -1,7 +1,7 @@
-"""A user's own images: DIR/train/CLASS/*, DIR/test/CLASS/*, DIR/unlabelled/**, or just images.
+"""Your own images: DIR/train/CLASS/*, DIR/test/CLASS/*, DIR/unlabelled/**, or images alone.
 
-They are decoded once, to uint8 squares of --store-size in DIR/.byol-pack (or in ./datasets/packs
-where that can't be written to), and again when a file comes, goes or changes.
+All images are decoded once, to uint8 squares of --store-size, and again when a file is added,
+removed or changed.  The pack is in DIR/.byol-pack, or in ./datasets/packs if DIR is read-only.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from data.decode import OURS, decode_all
 from data.images import Images
 from data.listing import Listing, list_images
 
-# (root, size) -> pack, for the `load` that follows: listing a large folder takes seconds
+# (root, size) -> pack of `prepare`, so that `load` need not list a large folder again
 _prepared: dict[tuple[Path, int], Path] = {}
 
 
-def prepare(root: Path, data: DataConfig) -> Path:
-    """The folder with the pack of the images as they are now, which is made if it is missing.
+def prepare(root: Path, data: DataConfig) -> None:
+    """Pack the images as they are now, unless such a pack exists.
 
-    Images that can't be decoded are left out and named; UserError under --strict.
+    Images that can't be decoded are left out with a warning; UserError under --strict.
     """
     listing = list_images(root)
     name = f"{data.store_size}-{listing.state}"
@@ -36,26 +36,26 @@ def prepare(root: Path, data: DataConfig) -> Path:
     if pack is None:
         place = _writable_place(root)
         with locked(place / "lock"):
-            pack = _find(root, name)  # by another process in the meantime
+            pack = _find(root, name)  # made by another process in the meantime
             if pack is None:
                 pack = place / name
                 _pack(root, listing, pack, data.store_size)
     skipped = [f"{file} ({why})" for file, why in _manifest(pack)["skipped"] if why != OURS]
     if skipped:
         some = ", ".join(skipped[:3])
-        text = printable(f"{len(skipped)} unreadable images in {root}, as {some}")
+        text = printable(f"{len(skipped)} unreadable images in {root}, such as {some}")
         if data.strict:
             raise UserError(f"--strict: {text}; replace or remove them")
         warn_once(f"{text}: left out; --strict refuses them")
     _prepared[root.absolute(), data.store_size] = pack
-    return pack
 
 
 def load(root: Path, data: DataConfig) -> Dataset:
-    """Map the pack that `prepare` has just found or made; without one, that of the images now."""
+    """Map the images that `prepare` has packed; pack them if it was not called."""
     key = root.absolute(), data.store_size
-    pack = _prepared.get(key) or prepare(root, data)
-    del _prepared[key]
+    if key not in _prepared:
+        prepare(root, data)
+    pack = _prepared.pop(key)
     files = _manifest(pack)["files"]
     parts = dict.fromkeys(("train", "train_labels", "unlabelled", "test", "test_labels"))
     parts["files"] = {}
@@ -70,20 +70,20 @@ def load(root: Path, data: DataConfig) -> Dataset:
 
 
 def _manifest(pack: Path) -> dict:
-    """{"files": split -> class -> files in the pack, "skipped": (file, why it is left out)}."""
+    """{"files": {split: {class: packed files}}, "skipped": [(file, reason)]}."""
     return json.loads((pack / "manifest.json").read_bytes())
 
 
 def _places(root: Path) -> tuple[Path, Path]:
-    """Where packs may lie: beside the images, or in a folder of ./datasets/packs."""
+    """The two folders that may hold packs: beside the images, and in ./datasets/packs."""
     real = os.path.realpath(root)
     digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:12]
-    elsewhere = f"{os.path.basename(real)[:40]}-{digest}"  # a name has 255 bytes at most
+    elsewhere = f"{os.path.basename(real)[:40]}-{digest}"  # file systems limit a name to 255 bytes
     return root / ".byol-pack", Path("datasets", "packs", elsewhere)
 
 
 def _find(root: Path, name: str) -> Path | None:
-    """The pack of that name, if there is one that is whole and can be read."""
+    """The pack of that name; None unless it is complete and readable."""
     for place in _places(root):
         pack, side = place / name, int(name.split("-")[0])
         try:
@@ -93,27 +93,27 @@ def _find(root: Path, name: str) -> Path | None:
                     if os.fstat(file.fileno()).st_size != size:
                         raise ValueError
             return pack
-        except (OSError, ValueError):  # missing, somebody else's, damaged
+        except (OSError, ValueError):  # missing, without permission, damaged
             continue
     return None
 
 
 def _writable_place(root: Path) -> Path:
-    """The first place where a file can be locked."""
+    """The folder beside the images if a lock file can be made there, else the other."""
     beside, elsewhere = _places(root)
     try:
         beside.mkdir(exist_ok=True)
         open(beside / "lock", "a").close()
         return beside
-    except OSError:  # a read-only disk, somebody else's folder, a file of that name
+    except OSError:  # read-only, without permission, or a file of that name
         return elsewhere
 
 
 def _pack(root: Path, listing: Listing, pack: Path, size: int) -> None:
-    """Write a pack, whole or not at all; older ones of that size in its folder go."""
+    """Write a pack, whole or not at all, and remove older ones of that size beside it."""
     partial = pack.with_name(f"{size}.partial")
     files, skipped = {}, []
-    for leftover in (partial, pack):  # of a killed process; damaged
+    for leftover in (partial, pack):  # left by a killed process; a damaged pack
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir()
@@ -134,10 +134,10 @@ def _pack(root: Path, listing: Listing, pack: Path, size: int) -> None:
 
 
 def _write(path: Path, root: Path, by_class: dict, size: int) -> tuple[dict, list]:
-    """Write a split's images to the file `path`, end to end.
+    """Write a split's images to `path` and return ({class: files}, [(file, reason)]).
 
-    Returns (class -> files that are in it, (file, why) of those that can't be decoded); UserError
-    for a class of which none can be.  Not memory-mapped, so that a full disk is no SIGBUS.
+    These are the files written, and those that can't be decoded; UserError if no file of a class
+    can be.  `path` is not memory-mapped: a full disk would be a SIGBUS instead of an OSError.
     """
     kept, skipped, brightest = {}, [], 0
     total = sum(len(files) for files in by_class.values())
@@ -155,10 +155,11 @@ def _write(path: Path, root: Path, by_class: dict, size: int) -> tuple[dict, lis
                     kept[name].append(file)
                     brightest = max(brightest, image.max())
             if files and not kept[name]:
-                why = printable(f"{root / path.stem / name}: no image can be decoded, as {file}")
-                raise UserError(f"{why}: {image}")
+                folder = printable(f"{root / path.stem / name}")
+                why = f"no image can be decoded, for example {printable(file)}: {image}"
+                raise UserError(f"{folder}: {why}")
     if brightest < 16:
         warn_once(
-            f"{path.stem}: all images are nearly black; if 12 bits are stored as 16, spread them"
+            f"{path.stem}: all images are nearly black; if they hold 12 bits in 16, rescale them"
         )
     return kept, skipped

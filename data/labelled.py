@@ -1,4 +1,4 @@
-"""Few labels: draws, folds, held-out images; what is learned from and what is measured on."""
+"""Label draws, folds and held-out images: what is trained on and what is evaluated on."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from data.images import Images
 
 @dataclass
 class Labelled:
-    """Images with their labels.  What chooses a setting gets one of these and no test images.
+    """Images with their labels.
 
-    index   which of the labelled train images they are; None: they are test images
+    index   which of the labelled train images they are; None for test images
     """
 
     images: Images
@@ -26,35 +26,35 @@ class Labelled:
         return len(self.labels)
 
     def part(self, rows: np.ndarray) -> "Labelled":
-        """The rows named."""
+        """The images and labels in `rows`."""
         images, labels = self.images.subset(rows), self.labels[rows]
         return Labelled(images, labels, self.index[rows], self.class_names)
 
     def hold_out(self) -> "Split":
-        """Four stratified fifths to learn from and one to choose settings on, inside these.
+        """A stratified fifth of these images to choose settings on, as `test`, and the rest.
 
-        The only image of a class is learned from.
+        The only image of a class is in the rest.  UserError if each class has one.
         """
         if self.index is None:
             raise ValueError("settings are never chosen on test images")
         if np.unique(self.labels, return_counts=True)[1].max() < 2:
-            raise UserError("nothing to choose settings on: each class has one labelled image")
+            raise UserError("no images to choose settings on: each class has one labelled image")
         held = stratified_folds(self.labels, 5)[0]
         return Split(self.part(np.setdiff1d(np.arange(len(self)), held)), self.part(held))
 
 
 @dataclass
 class Split:
-    """What is learned from, and what is measured on."""
+    """Images to train on, and images to evaluate on."""
 
     train: Labelled
     test: Labelled
 
 
 def stratified_folds(labels: np.ndarray, count: int, seed: int = 0) -> list[np.ndarray]:
-    """Folds with the classes in equal shares: which rows are held out in each.
+    """The rows held out in each of `count` folds, which have equal shares of every class.
 
-    The only row of a class is in none of them.
+    The only row of a class is never held out.
     """
     rng, fold = np.random.default_rng(seed), np.empty(len(labels), np.int64)
     for c in np.unique(labels):
@@ -64,16 +64,18 @@ def stratified_folds(labels: np.ndarray, count: int, seed: int = 0) -> list[np.n
 
 
 def each_fold(data: LabelledData, folds: bool) -> list[LabelledData]:
-    """The settings for each of STL-10's ten folds, or `data` alone."""
+    """One copy of `data` for each of STL-10's ten folds if `folds`, else [data]."""
     if folds and (data.labels or data.fold >= 0):
         raise UserError("--folds: all labels of each fold are used; leave out --labels and --fold")
     return [dataclasses.replace(data, fold=f) for f in range(10)] if folds else [data]
 
 
 def label_draw(labels: np.ndarray, count: int, draw: int) -> np.ndarray:
-    """Sorted indices of `count` labels, equally many of each class; draws are nested in count.
+    """Sorted indices of `count` labels, equally many of each class.
 
-    count   0 or their number for all; else a multiple of the classes, at most what there is
+    Fewer labels are a subset of more with the same `draw`.
+
+    count   a multiple of the number of classes; 0 or len(labels) for all, equally many or not
     """
     if count in (0, len(labels)):
         return np.arange(len(labels))
@@ -91,25 +93,23 @@ def label_draw(labels: np.ndarray, count: int, draw: int) -> np.ndarray:
 
 
 def evaluation(dataset: Dataset, data: LabelledData) -> Split:
-    """The labelled images that may be used and those that are measured on."""
-    wanted = {"train": dataset.train} | (
-        {"test": dataset.test} if data.evaluate_on == "test" else {}
-    )
-    if missing := [split for split, images in wanted.items() if images is None]:
+    """The train images of a fold or a label draw, and the images to evaluate on."""
+    splits = ("train", "test") if data.evaluate_on == "test" else ("train",)
+    if missing := [split for split in splits if getattr(dataset, split) is None]:
         raise UserError(
             f"this data set has no labelled {' and '.join(missing)} images: "
             f"--data-root needs {' and '.join(f'{split}/CLASS/*' for split in missing)}"
         )
     if len(dataset.class_names) < 2:
         raise UserError(
-            f"this data set has the class {dataset.class_names[0]!r} alone: "
-            "there is nothing to tell apart; --data-root needs two folders in train/"
+            f"this data set has only the class {dataset.class_names[0]!r}: "
+            "classification needs at least two; add a folder in train/ of --data-root"
         )
     if data.fold >= 0:
         if dataset.folds is None:
-            raise UserError(f"--fold {data.fold} (--folds): stl10 alone has folds")
+            raise UserError(f"--fold {data.fold} (--folds): only stl10 has folds")
         if data.labels:
-            raise UserError(f"--fold {data.fold}: takes all its labels; leave out --labels")
+            raise UserError(f"--fold {data.fold}: all its labels are used; leave out --labels")
         chosen = dataset.folds[data.fold]
     else:
         chosen = label_draw(dataset.train_labels, data.labels, data.draw)
@@ -122,6 +122,6 @@ def evaluation(dataset: Dataset, data: LabelledData) -> Split:
         return Split(train, test)
     rest = np.setdiff1d(everything.index, chosen)
     if not len(rest):
-        given = f"--labels {data.labels}" if data.labels else "without --labels, training"
-        raise UserError(f"--evaluate-on validation: {given} leaves no labelled image over")
+        used = f"--labels {data.labels}" if data.labels else "training without --labels"
+        raise UserError(f"--evaluate-on validation: {used} leaves no labelled image to evaluate on")
     return Split(train, everything.part(rest))

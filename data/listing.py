@@ -11,8 +11,8 @@ from PIL import Image
 
 from core.errors import UserError, printable
 
-FORMAT = 3  # of the packs that are made of a listing
-# Folders of operating systems, network storage and archivers, in small letters.
+FORMAT = 3  # of packs; a new number makes all of them again
+# Folders that operating systems, network storage and archivers make, in lower case.
 SYSTEM = "__macosx @eadir @recycle #recycle #snapshot ~snapshot $recycle.bin lost+found".split()
 
 
@@ -20,8 +20,8 @@ SYSTEM = "__macosx @eadir @recycle #recycle #snapshot ~snapshot $recycle.bin los
 class Listing:
     """The image files of a data set, relative to its root.
 
-    files     split -> class -> files; classes are in order, images without one are in ""
-    ignored   how many other files there are of each kind, in words
+    files     split -> class -> files; classes are sorted, images without one are in ""
+    ignored   how many other files have each ending, as text
     state     digest of the names, sizes and times of all images
     """
 
@@ -31,7 +31,7 @@ class Listing:
 
 
 def list_images(root: Path) -> Listing:
-    """The images below `root` by split and class; UserError where nothing can be trained on."""
+    """The images below `root` by split and class; UserError if there are none to train on."""
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder; name the one that holds your images")
     labelled = os.path.lexists(root / "train")
@@ -43,7 +43,7 @@ def list_images(root: Path) -> Listing:
         status = os.stat(root / path)
         if split and _is_image(path):
             files.setdefault(split, {}).setdefault(name, []).append(path)
-            # files or links that were swapped may have equal sizes and times of their last change
+            # two swapped files or links can have equal sizes and modification times
             facts = path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
             digest.update(repr(facts).encode())
         else:
@@ -51,7 +51,7 @@ def list_images(root: Path) -> Listing:
             ignored[f"{ending} outside a class" if _is_image(path) else ending] += 1
     others = ", ".join(f"{n} {printable(kind)}" for kind, n in ignored.most_common(3)) or "nothing"
     if not files or (labelled and "train" not in files):
-        text = f"no images (ignored: {others}); expected train/CLASS/*, or images and no train/"
+        text = f"no images (ignored: {others}); expected train/CLASS/*, or images without train/"
         raise UserError(f"--data-root {root}: {text}")
     if labelled:
         _sort_classes(root, files)
@@ -66,8 +66,8 @@ def image_files(root: Path) -> list[str]:
 def _walk(root: Path) -> list[str]:
     """All files below `root`, relative to it, sorted; links to folders are followed.
 
-    What is hidden or an operating system's is left out.  OSError where a folder
-    can't be read, UserError where a link leads to a folder that is reached in another way too.
+    Hidden files and those in SYSTEM are left out.  OSError if a folder can't be read, UserError if
+    links lead to one folder twice.
     """
 
     def fail(error: OSError) -> None:
@@ -88,7 +88,7 @@ def _walk(root: Path) -> list[str]:
 
 
 def _is_special(path: str) -> bool:
-    """Whether it is a pipe, a socket or a device, whose reading might never end."""
+    """Whether it is a pipe, socket or device: reading one might never end."""
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)
     except OSError:  # a link that leads nowhere
@@ -104,12 +104,12 @@ def _ending(path: str) -> str:
 
 
 def _is_image(path: str) -> bool:
-    """Whether the ending is that of a format which Pillow reads."""
+    """Whether Pillow reads files of this ending."""
     return Image.registered_extensions().get(_ending(path)) in Image.OPEN
 
 
 def _place(path: str, labelled: bool) -> tuple[str, str]:
-    """Split and class that a file belongs to; no split where it is in none."""
+    """Split and class of a file; ("", "") if it is in none."""
     split, *rest = path.split("/")
     if not labelled or split in ("unlabelled", "unlabeled"):
         return "unlabelled", ""
@@ -119,9 +119,9 @@ def _place(path: str, labelled: bool) -> tuple[str, str]:
 
 
 def _sort_classes(root: Path, files: dict[str, dict[str, list[str]]]) -> None:
-    """Sort the classes, those of test/ as those of train/.
+    """Sort the classes by name, with the same classes in train/ and test/.
 
-    UserError for a class folder without images, and for a class of test/ that train/ has not.
+    UserError for a class folder without images, and for a class that only test/ has.
     """
     for split in {"train", "test"} & files.keys():
         for folder in sorted((root / split).iterdir()):

@@ -1,8 +1,8 @@
-"""See the augmentation: images, and several draws of each view, as one PNG.
+"""Write a PNG that shows the augmentation: images, and several draws of each view.
 
 python -m data.preview --recipe recipes/sample.toml
 
-Written to preview.png or --out; a file that exists is not replaced.
+The file is preview.png or --out; an existing one is not replaced.
 """
 
 import sys
@@ -36,21 +36,21 @@ class Config(options.Config):
     data: datasets.PretrainData
     view1: ViewConfig
     view2: View2Config
-    count: int = running(8, "images shown", low=1)
-    out: str = running("preview.png", "file to write")
-    seed: int = running(0, "seed of the images and views", low=0, high=2**63 - 1)
+    count: int = running(8, "number of images", low=1)
+    out: str = running("preview.png", "PNG file to write")
+    seed: int = running(0, "seed of the images shown and of their views", low=0, high=2**63 - 1)
     quiet: bool = running(False, "print errors only")
 
 
 def configure(argv: list[str]) -> Config:
-    """The recipe's data and views."""
+    """The settings that `argv` asks for."""
     config = make_config(Config, parse(Config, argv, __doc__))
     new_file(config.out)
     return config
 
 
 def run(config) -> dict:
-    """Write the picture; returns the names of its columns."""
+    """Write the picture and return the names of its columns."""
     data = datasets.load(config.data)
     images, _ = data.pretraining(config.data.pretrain_on)
     rng = generator(config.seed, VIEWS, 0)
@@ -70,14 +70,14 @@ def run(config) -> dict:
 
 
 def save_png(image: Image.Image, path) -> None:
-    """Write a PNG file marked as ours, which no folder data set takes for data."""
+    """Write a PNG file that a folder data set recognizes as ours and leaves out."""
     marks = PngInfo()
     marks.add_text("Software", SOFTWARE)
     image.save(path, "png", pnginfo=marks)
 
 
 def mosaic(rows: Sequence[Sequence[Tensor]], heads: Sequence[str], side: int = 96) -> Image.Image:
-    """Rows of images (3, h, w) in 0..1 as tiles `side` pixels wide, under the names `heads`.
+    """Grid of images (3, h, w) in 0..1, resized to `side` pixels, with `heads` above its columns.
 
     All rows have the same number of images.
     """

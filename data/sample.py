@@ -1,9 +1,9 @@
 """The embedded sample: 13,000 images of Fashion-MNIST, 28x28 gray, class-balanced.
 
-    python -m data.sample                 # makes it again; downloads 30 MB into ./datasets
+    python -m data.sample                 # recreates its file; downloads 30 MB to ./datasets
 
 Fashion-MNIST is the work of Zalando SE (https://github.com/zalandoresearch/fashion-mnist), under
-the MIT licence beside the sample.  1,000 labelled and 8,000 unlabelled images come from its
+the MIT license beside the sample.  1,000 labelled and 8,000 unlabelled images come from its
 training split, 4,000 test images from its test split, in an order drawn once with seed 0.
 """
 
@@ -35,7 +35,7 @@ def load(root: Path, data: DataConfig) -> Dataset:
 
 
 def make() -> None:
-    """Make the sample's file from the original files, bit for bit as it is."""
+    """Recreate the sample's file from the original files, bit for bit."""
     from torchvision.datasets import FashionMNIST  # slow to import, and not needed by `load`
 
     train, test = (FashionMNIST("datasets", train, download=True) for train in (True, False))
@@ -55,7 +55,7 @@ def make() -> None:
 
 
 def _balanced(labels: np.ndarray, counts: list[int], rng: np.random.Generator) -> list[np.ndarray]:
-    """Disjoint index sets of the given sizes, each with equally many images of each class."""
+    """Disjoint index sets of sizes `counts`, each with equally many images of every class."""
     classes = [rng.permutation(np.flatnonzero(labels == c)) for c in range(10)]
     sets, start = [], 0
     for count in counts:

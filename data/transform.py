@@ -1,4 +1,4 @@
-"""How images become an encoder's inputs in evaluation."""
+"""Resize, crop and normalize images for an encoder in evaluation."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from data.views import normalize
 
 
 def frame(images: Tensor, size: int, crop: int) -> Tensor:
-    """Resize the short side to `size`, then crop the center square of `crop`; 0 leaves it as it is.
+    """Resize the short side to `size`, then crop the center square of side `crop`; 0 skips either.
 
     (B, 3, H, W) uint8 -> (B, 3, h, w) float32 in 0..1, bicubic and antialiased.
     """
@@ -26,7 +26,7 @@ def frame(images: Tensor, size: int, crop: int) -> Tensor:
 
 
 def eval_sizes(data: DataConfig, shape: tuple[int, int]) -> tuple[int, int]:
-    """`size` and `crop` of `frame`, as [data] says for images of `shape`."""
+    """`size` and `crop` of `frame` that [data] sets for images of `shape` (height, width)."""
     if data.eval_size:
         if data.eval_size < data.crop_size:
             raise UserError(
@@ -37,7 +37,7 @@ def eval_sizes(data: DataConfig, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def warn_enlarged(side: int, stored: int) -> None:
-    """Warn, once, where images with a short side of `stored` pixels are enlarged to `side`."""
+    """Warn once if images with a short side of `stored` pixels are enlarged to `side`."""
     if side > stored:
         text = f"images of {stored} pixels are enlarged to {side}: lower --crop-size"
         warn_once(f"{text}, or raise --store-size of a folder")
@@ -49,7 +49,7 @@ class EvalTransform:
 
     mean, std    of the three channels, in 0..1
     size, crop   short side and center square in pixels, see `frame`
-    stored       short side in pixels to which images are resized before, when a data set is packed
+    stored       short side of the data set's images; PIL images are first made squares of it
     """
 
     mean: list[float]
@@ -60,30 +60,30 @@ class EvalTransform:
 
     @classmethod
     def of(cls, data: DataConfig, shape: tuple[int, int], mean, std) -> "EvalTransform":
-        """As [data] says, for a data set's images of `shape`."""
+        """The transform that [data] sets for images of `shape` (height, width)."""
         size, crop = eval_sizes(data, shape)
         warn_enlarged(crop, min(shape))
         return cls(mean, std, size, crop, min(shape))
 
     @classmethod
     def from_meta(cls, meta: dict) -> "EvalTransform":
-        """As the meta of an encoder.pt says; that of older code has no `frame` or no `stored`."""
+        """The transform in the meta of an encoder.pt; older files lack `frame` or `stored`."""
         stored = meta["stored"] if "stored" in meta else meta["crop_size"]
         return cls(meta["mean"], meta["std"], *meta.get("frame", (0, 0)), stored)
 
     def meta(self) -> dict:
-        """What the meta of an encoder.pt holds of it."""
+        """Its entries in the meta of an encoder.pt."""
         frame = [self.size, self.crop]
         return {"mean": self.mean, "std": self.std, "stored": self.stored, "frame": frame}
 
     def __call__(self, images) -> Tensor:
-        """A PIL image, or uint8 (3, H, W) or (B, 3, H, W) as stored -> (B, 3, h, w) float32."""
+        """A PIL image, or uint8 (3, H, W) or (B, 3, H, W) -> (B, 3, h, w) float32, normalized."""
         if not isinstance(images, Tensor):
             from data.decode import square  # Pillow is slow to import
 
             images = torch.from_numpy(square(images, self.stored))
         if images.dtype != torch.uint8:
-            raise TypeError(f"expected an image or uint8 pixels, not {images.dtype}")
+            raise TypeError(f"expected a PIL image or a uint8 tensor, not {images.dtype}")
         images = images if images.ndim == 4 else images[None]
         mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
         return normalize(frame(images, self.size, self.crop), mean, std)

@@ -195,7 +195,7 @@ def test_one_class_is_nothing_to_tell_apart(own, tmp_path, capsys):
         (train_baseline, [*own, "--out", "base"]),
         (reproduce, [word for word in own if word not in ("--batch-size", "4")]),
     ):
-        assert "'alone' alone" in refused(capsys, script, *flags)
+        assert "only the class 'alone'" in refused(capsys, script, *flags)
     assert "two classes" in refused(capsys, train_byol, *own, "--out", "x", "--online-probe")
 
 

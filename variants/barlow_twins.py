@@ -1,4 +1,4 @@
-"""Barlow Twins (arXiv 2103.03230): the views' features agree, and no two features say the same.
+"""Barlow Twins (arXiv 2103.03230): each feature correlates between views, and with no other.
 
 python -m variants.barlow_twins --recipe recipes/sample.toml
 """
@@ -15,26 +15,26 @@ from variants import blocks
 
 
 def cross_correlation(z1: Tensor, z2: Tensor) -> Tensor:
-    """Correlation (D, D) over the batch of each feature of view 1 with each of view 2 (eq. 2).
+    """Correlation over the batch of view 1's features with view 2's: 2 x (N, D) -> (D, D) (eq. 2).
 
-    Normalized as in the authors' code, by a batch norm without scale and offset.
+    Normalized as in the authors' code, by batch norm without scale and offset.
     """
     z1, z2 = (batch_norm(z, None, None, training=True) for z in (z1, z2))
     return z1.T @ z2 / len(z1)
 
 
 class BarlowTwins(Method):
-    """The views' cross-correlation approaches the identity: redundancy reduction."""
+    """The cross-correlation of the views' features is trained towards the identity matrix."""
 
     name = "barlow_twins"
     defaults = {"optim": {"optimizer": "lars", "lr": 0.2, "weight_decay": 1.5e-6}}  # Sec. 2.2
 
     @dataclass
     class Config:
-        """[barlow_twins]: head and weight of the two terms."""
+        """[barlow_twins]: projector and weights of the loss."""
 
         projection: int = option(2048, "size of the projector's three layers (paper: 8192)", low=1)
-        off_diagonal: float = option(0.005, "lambda, weight of the redundancy term", low=0)
+        off_diagonal: float = option(0.005, "weight of the redundancy term (lambda)", low=0)
         scale: float = option(0.024, "factor of the whole loss, as in the authors' code", low=0)
 
     def __init__(self, encoder, config):
@@ -44,7 +44,7 @@ class BarlowTwins(Method):
         self.projector = nn.Sequential(*hidden, nn.Linear(d, d, bias=False))
 
     def loss(self, outputs):
-        """Squared distance of the correlation over the GLOBAL batch to the identity (eq. 1)."""
+        """Weighted squared distance of the GLOBAL batch's correlation to the identity (eq. 1)."""
         z1, z2 = all_gather(outputs["projection"].transpose(0, 1)).unbind(1)
         c = cross_correlation(z1, z2)
         invariance = (c.diagonal() - 1).square().sum()

@@ -1,4 +1,4 @@
-"""`python -m variants.compare` is `python reproduce.py --methods` now."""
+"""`python -m variants.compare` was replaced by `python reproduce.py --methods`."""
 
 import shlex
 import sys

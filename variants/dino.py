@@ -1,4 +1,4 @@
-"""DINO (arXiv 2104.14294): small crops predict the output of a moving teacher for large crops.
+"""DINO (arXiv 2104.14294): all crops predict a moving-average teacher's output for large ones.
 
 python -m variants.dino --recipe recipes/sample.toml
 """
@@ -18,9 +18,9 @@ from variants import blocks
 
 
 class Head(nn.Sequential):
-    """Cosines of a normalized bottleneck with k prototypes: (B, d) -> (B, k) (App. C).
+    """Cosine similarity of a 256-dimensional output with k prototypes: (B, d) -> (B, k) (App. C).
 
-    With batch norm, an option of the authors' code without which short runs do not begin to learn.
+    Batch norm is an option of the authors' code; without it short runs do not learn.
     """
 
     def __init__(self, d: int, h: int, k: int) -> None:
@@ -29,12 +29,12 @@ class Head(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         *block, prototypes = self
         y = nn.Sequential(*block)(x).to(prototypes.weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # half precisions are too coarse here
+        with torch.autocast(x.device.type, enabled=False):  # half precision is too coarse here
             return normalize(y) @ normalize(prototypes.weight).T
 
 
 class DINO(Method):
-    """Student and teacher; the teacher's centered, sharpened scores are the student's targets.
+    """The student predicts the teacher's centered and sharpened scores.
 
     Learning rate, decay, areas, temperatures and tau are the authors' for a ResNet-50; prototypes
     and small crops are fewer.  Left out: warm-up of the teacher's temperature, frozen prototypes in
@@ -49,19 +49,19 @@ class DINO(Method):
         """[dino]: head, crops, temperatures, teacher (Sec. 3.1, App. C)."""
 
         hidden: int = option(2048, "hidden size of the head", low=1)
-        prototypes: int = option(4096, "scores (paper: 65536)", low=2)
-        local_views: int = option(4, "small crops", low=1)
+        prototypes: int = option(4096, "number of prototypes (paper: 65536)", low=2)
+        local_views: int = option(4, "number of small crops", low=1)
         local_size: int = option(48, "side of the small crops, pixels", low=8)
-        local_area: float = option(0.14, "largest area of a small crop", low=0.05, high=1)
-        teacher_temperature: float = option(0.04, "of the teacher's softmax", low=0.001)
-        base_tau: float = option(0.996, "EMA decay of the teacher at first", low=0, high=1)
+        local_area: float = option(0.14, "largest area fraction of a small crop", low=0.05, high=1)
+        teacher_temperature: float = option(0.04, "temperature of the teacher's softmax", low=0.001)
+        base_tau: float = option(0.996, "EMA decay of the teacher at the first step", low=0, high=1)
 
     def __init__(self, encoder, config):
         super().__init__(encoder, config)
         self.head = Head(encoder.feature_size, config.hidden, config.prototypes)
         self.teacher = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.prototypes))
-        # sum and count of the teacher's outputs in one step, zero after it
+        # sum and number of the micro-batches' mean teacher outputs, zeroed after each step
         self.register_buffer("seen", torch.zeros(config.prototypes + 1), persistent=False)
         small = ViewConfig(size=config.local_size, area=[0.05, config.local_area], blur_p=0.5)
         large = dict(area=[config.local_area, 1.0])
@@ -74,7 +74,7 @@ class DINO(Method):
         return {"representation": y, "prediction": q, "target": target}
 
     def loss(self, outputs):
-        """Mean cross-entropy over all pairs of a large view and another one (eq. 2)."""
+        """Mean cross-entropy over pairs of a large crop and any other crop (eq. 2)."""
         p = ((outputs["target"] - self.center) / self.config.teacher_temperature).softmax(2)
         log_q = (outputs["prediction"] / 0.1).log_softmax(2)
         pairs = [(t, s) for t in range(2) for s in range(len(log_q)) if s != t]

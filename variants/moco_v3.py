@@ -1,4 +1,4 @@
-"""MoCo v3 (arXiv 2104.02057): a moving target network as in BYOL, a contrast over the batch.
+"""MoCo v3 (arXiv 2104.02057): BYOL's networks with a contrastive loss.
 
 python -m variants.moco_v3 --recipe recipes/sample.toml
 """
@@ -17,9 +17,9 @@ from training.method import option
 
 
 def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """2 T cross-entropy of finding each query's key among those of the GLOBAL batch (eq. 1).
+    """2 T times the cross-entropy of each query's own key among the GLOBAL batch's keys (eq. 1).
 
-    q, k   (B, D) of this rank; keys have no gradient
+    q, k   (B, D) of this rank; k gets no gradient
     """
     q, k = normalize(q, dim=1), all_gather(normalize(k.detach(), dim=1))
     positive = own_rank() * len(q) + torch.arange(len(q), device=q.device)
@@ -27,9 +27,9 @@ def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
 
 
 class MoCoV3(BYOL):
-    """BYOL's networks and moving target; the loss is contrastive.
+    """BYOL's networks and moving target with a contrastive loss.
 
-    The heads are BYOL's: MoCo v3's have a batch norm at their end as well.
+    Unlike MoCo v3's, the heads do not end in a batch norm.
     """
 
     name = "moco_v3"
@@ -39,7 +39,7 @@ class MoCoV3(BYOL):
     class Config(BYOL.Config):
         """[moco_v3]: BYOL's options and a temperature."""
 
-        temperature: float = option(1.0, "of the softmax over the batch", low=0.001)
+        temperature: float = option(1.0, "temperature of the softmax over the batch", low=0.001)
 
     def loss(self, outputs):
         """The sum of both directions (Algorithm 1)."""

@@ -1,4 +1,4 @@
-"""SimCLR (arXiv 2002.05709): two views of an image attract, all other images of the batch repel.
+"""SimCLR (arXiv 2002.05709): two views of an image attract, those of other images repel.
 
 python -m variants.simclr --recipe recipes/sample.toml
 """
@@ -17,7 +17,7 @@ from training.method import Method, option
 
 
 def nt_xent(z: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of finding each image's other view in the GLOBAL batch (eq. 1).
+    """Cross-entropy of each view's other view among all views of the GLOBAL batch (eq. 1).
 
     z   (2, B, D), this rank's projections
     """
@@ -34,7 +34,7 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
 class SimCLR(Method):
     """An encoder and a projector, trained by the normalized temperature-scaled cross-entropy.
 
-    Views are the recipe's; the paper's have twice the color jitter.
+    The views are the recipe's; the paper's have twice the color jitter.
     """
 
     name = "simclr"
@@ -46,7 +46,7 @@ class SimCLR(Method):
 
         hidden: int = option(2048, "hidden size of the projector", low=1)
         projection: int = option(128, "output size of the projector", low=1)
-        temperature: float = option(0.5, "of the softmax over the batch", low=0.001)
+        temperature: float = option(0.5, "temperature of the softmax over the batch", low=0.001)
 
     def __init__(self, encoder, config):
         super().__init__(encoder, config)

@@ -14,7 +14,7 @@ from variants import blocks
 
 
 class SimSiam(Method):
-    """Each view's prediction approaches the other view's projection, whose gradient is stopped."""
+    """Each view's prediction approaches the other view's projection, which gets no gradient."""
 
     name = "simsiam"
     defaults = {"optim": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 1e-4}}
@@ -35,7 +35,7 @@ class SimSiam(Method):
         self.predictor = nn.Sequential(*hidden, nn.Linear(h, d))
 
     def parameter_groups(self, weight_decay):
-        """Weight decay on all parameters; the predictor's rate is constant (Sec. 4.1, App. A)."""
+        """Weight decay on all parameters; the predictor has a constant rate (Sec. 4.1, App. A)."""
         others = [*self.encoder.parameters(), *self.projector.parameters()]
         predictor = [*self.predictor.parameters()]
         return [
