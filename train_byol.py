@@ -16,7 +16,7 @@ import torch
 
 from byol.byol import BYOL
 from core import options
-from core.errors import UserError
+from core.errors import UserError, warn_once
 from data import datasets
 from data.images import Images
 from data.loader import Loader
@@ -55,8 +55,13 @@ def configure(argv: list[str], method_class: type[Method] = BYOL) -> Config:
 
 def settings(typed: dict, method_class: type[Method] = BYOL) -> Config:
     """The settings from parsed flags, {"optim.lr": 0.2, ...}; fills in the default --out."""
+    name = method_class.name
     config = options.make_config(options.with_method(Config, method_class), typed)
-    config.run.out = config.run.out or f"runs/{method_class.name}-{config.data.dataset}"
+    if config.recipe and not (name in config.recipe_tables or method_class.defaults):
+        warn_once(
+            f"--recipe {config.recipe}: no [{name}] in it, so the defaults of {name} are used"
+        )
+    config.run.out = config.run.out or f"runs/{name}-{config.data.dataset}"
     return config
 
 

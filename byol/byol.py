@@ -22,7 +22,10 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def target_decay(base_tau: float, progress: float) -> float:
-    """tau_k = 1 - (1 - base_tau)(cos(pi k/K) + 1)/2, from base_tau towards 1 (Sec. 3.3)."""
+    """tau_k = 1 - (1 - base_tau)(cos(pi k/K) + 1)/2, from base_tau towards 1 (Sec. 3.3).
+
+    progress   k/K, the step over the number of steps
+    """
     return 1 - (1 - base_tau) * (math.cos(math.pi * progress) + 1) / 2
 
 
@@ -72,13 +75,20 @@ class BYOL(Method):
 
     def forward(self, view1: Tensor, view2: Tensor) -> dict[str, Tensor]:
         """Outputs of both networks, one view at a time: batch statistics are per view."""
+        views = (view1, view2)
         with torch.no_grad():  # the target learns by moving average only
-            # first, so that its activations are freed before the online network's are kept
-            representation = [self.target_encoder(view) for view in (view1, view2)]
-            target = [self.target_projector(y) for y in representation]
-        return super().forward(view1, view2) | {
-            "target_representation": torch.stack(representation),
-            "target": torch.stack(target),
+            # first: its activations are gone when the online network's begin to pile up
+            target_y = [self.target_encoder(view) for view in views]
+            target_z = [self.target_projector(y) for y in target_y]
+        online_y = [self.encoder(view) for view in views]
+        online_z = [self.projector(y) for y in online_y]
+        online_q = [self.predictor(z) for z in online_z]
+        return {
+            "representation": torch.stack(online_y),
+            "projection": torch.stack(online_z),
+            "prediction": torch.stack(online_q),
+            "target_representation": torch.stack(target_y),
+            "target": torch.stack(target_z),
         }
 
     def loss(self, outputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -178,7 +178,8 @@ class RunFolder(contextlib.ExitStack):
             self.next_line = time.monotonic() + PRINT_EVERY
             knn = f"  knn {row['knn_top1']:.1f}" if "knn_top1" in row else ""
             left = (self.stop - step.index - 1) * step.images / rate / 60
-            text = f"step {step.index + 1}/{self.stop}  loss {row['loss']:.3f}{knn}"
+            text = f"step {step.index + 1}/{self.stop}  epoch {step.epoch}  lr {step.lr:.3g}"
+            text += f"  loss {row['loss']:.3f}{knn}"
             say(self.processes, f"{text}  {rate:.1f} images/s, {left:.1f} min left")
 
     def flush(self) -> None:

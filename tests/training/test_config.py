@@ -12,6 +12,7 @@ import finetune
 import linear_eval
 import train_baseline
 import train_byol
+from byol.byol import BYOL
 from core.errors import UserError
 from core.options import Config, as_dict, differences, make_config, option, parse
 from variants.barlow_twins import BarlowTwins
@@ -350,3 +351,19 @@ def test_help_is_printed_with_defaults(script, capsys):
         script.configure(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "--data-root" in text and "[datasets]" in text
+
+
+def test_a_recipe_without_the_methods_table_is_told(tmp_path, capsys):
+    """A subclass with a name of its own does not get what the recipe has for BYOL."""
+    path = tmp_path / "recipe.toml"
+    path.write_text('[byol]\nbase_tau = 0.5\noptimizer = "sgd"\n')
+
+    class Mine(BYOL):
+        name = "mine"
+
+    config = train_byol.settings({"recipe": str(path)}, Mine)
+    assert config.method.base_tau == 0.99 and config.optim.optimizer == "lars"
+    assert "no table [mine], so its defaults are used" in capsys.readouterr().err
+    train_byol.settings({"recipe": str(path)})
+    train_byol.settings({"recipe": str(path)}, SimSiam)  # has defaults of its own
+    assert capsys.readouterr().err == ""
