@@ -70,7 +70,7 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def wrap(method: nn.Module, processes: Processes, batch_norm: str) -> nn.Module:
+def wrap(method: nn.Module, processes: Processes, batch_norm: str, compiled=False) -> nn.Module:
     """The method on its device, in DDP if there are several processes.
 
     batch_norm   "sync": statistics over all processes, which keeps the buffers equal; "local"
@@ -79,11 +79,13 @@ def wrap(method: nn.Module, processes: Processes, batch_norm: str) -> nn.Module:
         from training.batchnorm import convert_batch_norm  # only for several processes
 
         method = convert_batch_norm(method, processes.device)
+    if compiled:
+        torch.compiler.reset()  # graphs of earlier runs count towards dynamo's limit of eight
+        method.compile(dynamic=False)  # all batches of a run have one shape: one graph
     method.to(processes.device, memory_format=torch.channels_last)
     if processes.world_size == 1:
         return method
-    names = inspect.signature(DistributedDataParallel.__init__).parameters
-    # torch 2.13 renamed this argument
+    names = inspect.signature(DistributedDataParallel.__init__).parameters  # torch 2.13 renamed one
     name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return DistributedDataParallel(method, gradient_as_bucket_view=True, **{name: False})
 

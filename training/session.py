@@ -38,9 +38,7 @@ class Session(contextlib.ExitStack):
         self.warmup = warmup_steps(o.warmup_epochs, loader.steps_per_epoch, self.total)
         self.peak = peak_rate(o.optimizer, o.lr, o.batch_size)
         self.done, self.before, self.began = 0, 0.0, time.perf_counter()
-        if run.compile:
-            method.compile()
-        self.model = distributed.wrap(method, processes, run.batch_norm)
+        self.model = distributed.wrap(method, processes, run.batch_norm, run.compile)
         groups = groups_of(method, o.weight_decay)
         self.optimizer = build_optimizer(o.optimizer, groups, o.momentum, o.nesterov)
         precision = pick_precision(run.precision, processes.device)

@@ -1,0 +1,129 @@
+"""--compile: one graph for all steps of a run, without a break, and the run is otherwise the same.
+
+dynamo's graphs, breaks and guards don't depend on the backend.  "eager" runs a graph with torch's
+own kernels: without a compiler, in a second, and to the last digit as the network itself.
+"""
+
+import functools
+import shutil
+
+import forked
+import pytest
+import torch
+from conftest import digest, metrics, state_of, trained
+from torch import nn
+from torch._dynamo import config
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+
+import eval.features
+import train_baseline
+import train_byol
+from byol.byol import BYOL
+from variants.barlow_twins import BarlowTwins
+from variants.dino import DINO
+from variants.moco_v3 import MoCoV3
+from variants.simclr import SimCLR
+from variants.simsiam import SimSiam
+from variants.vicreg import VICReg
+
+METHODS = [BYOL, SimCLR, SimSiam, BarlowTwins, VICReg, MoCoV3, DINO]
+# two images a micro-batch: each operation gets none, one and all of them
+FLAGS = ["--batch-size", "4", "--accumulate", "2", "--compile", "--quiet", "--recipe"]
+
+
+class Dropped(BYOL):
+    """BYOL with randomness of its own in the forward pass."""
+
+    def forward(self, view1, view2):
+        return super().forward(nn.functional.dropout(view1), nn.functional.dropout(view2))
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """A break or a recompilation fails, one for an earlier run in the same process as well."""
+    compiled = functools.partialmethod(nn.Module.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    monkeypatch.setattr(eval.features, "BATCH", 64)  # 100 images: the last batch has 36
+    with config.patch(error_on_recompile=True):
+        yield
+
+
+def graphs(*runs, ranks=1) -> list[list[int]]:
+    """How many graphs each of these runs has compiled, in turn in a forked process, for each rank.
+
+    Forked, since tracing starts threads of autograd: later tests could not fork this process.
+    """
+
+    def count():
+        counts = []
+        for main, *flags in runs:
+            counters.clear()
+            main(argv=flags)
+            counts.append(counters["stats"]["unique_graphs"])
+        return counts
+
+    return forked.run(count, ranks=ranks, limit=200)
+
+
+def same(a, b, steps):
+    """Two runs have the same metrics, state and encoder, names of weights included."""
+    assert metrics(a) == metrics(b) and trained(a, steps) == trained(b, steps)
+    first, second = (torch.load(f / "encoder.pt")["state_dict"] for f in (a, b))
+    assert digest(first) == digest(second)
+
+
+def test_every_method_is_one_graph_and_computes_the_same(sample, recipe, tmp_path, once):
+    runs = [[functools.partial(train_byol.main, m), "--knn-every", "2"] for m in METHODS]
+    runs += [[train_byol.main, "--knn-every", "2", "--online-probe"]]
+    runs += [[train_baseline.main, "--labels", "100"]]
+    flags = ["--steps", "5", *FLAGS, recipe, "--out"]
+    pairs = []
+    for number, run in enumerate(runs):
+        pairs.append([*run, *flags, str(tmp_path / f"{number}")])
+        pairs.append([*run, *flags, str(tmp_path / f"{number}-plain"), "--no-compile"])
+    assert graphs(*pairs) == [[1, 0] * len(runs)]
+    for number in range(len(runs)):
+        same(tmp_path / f"{number}", tmp_path / f"{number}-plain", 5)
+
+
+def test_it_resumes_bit_for_bit(sample, recipe, tmp_path, once):
+    run = [functools.partial(train_byol.main, Dropped), "--steps", "5", *FLAGS, recipe, "--out"]
+    whole, part = str(tmp_path / "whole"), str(tmp_path / "part")
+    assert graphs([*run, whole]) == [[1]]
+    assert graphs([*run, part, "--stop-after", "2"]) == [[1]]
+    assert graphs([*run, part, "--resume"]) == [[1]]
+    same(tmp_path / "part", tmp_path / "whole", 5)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("kind", ["sync", "local"])
+def test_two_processes_have_one_graph_each(sample, recipe, tmp_path, once, kind):
+    run = [train_byol.main, "--steps", "3", "--knn-every", "2", "--batch-norm", kind, *FLAGS]
+    run += [recipe, "--batch-size", "8", "--out"]
+    assert graphs([*run, str(tmp_path / "compiled")], ranks=2) == [[1], [1]]
+    graphs([*run, str(tmp_path / "plain"), "--no-compile"], ranks=2)
+    same(tmp_path / "compiled", tmp_path / "plain", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_inductor_resumes_bit_for_bit_and_agrees(sample, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(inductor, "compile_threads", 1)
+    monkeypatch.setattr(inductor, "force_disable_caches", True)  # each run compiles anew
+    flags = ["--compile", "--quiet", "--recipe", recipe, "--steps", "4", "--out"]
+
+    def run(method, out, *more):
+        words = [*flags, str(tmp_path / out), *more]
+        forked.run(train_byol.main, method, words, limit=300)
+
+    run(Dropped, "whole")
+    run(Dropped, "run", "--stop-after", "2")
+    run(Dropped, "run", "--resume")
+    same(tmp_path / "run", tmp_path / "whole", 4)
+    run(BYOL, "byol")
+    run(BYOL, "plain", "--no-compile")
+    first = [metrics(tmp_path / out)[0]["loss"] for out in ("byol", "plain")]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    keys = [state_of(tmp_path / out, 4)["model"].keys() for out in ("byol", "plain")]
+    assert keys[0] == keys[1]
