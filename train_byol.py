@@ -58,9 +58,7 @@ def settings(typed: dict, method_class: type[Method] = BYOL) -> Config:
     name = method_class.name
     config = options.make_config(options.with_method(Config, method_class), typed)
     if config.recipe and not (name in config.recipe_tables or method_class.defaults):
-        warn_once(
-            f"--recipe {config.recipe}: no [{name}] in it, so the defaults of {name} are used"
-        )
+        warn_once(f"--recipe {config.recipe}: no table [{name}], so its defaults are used")
     config.run.out = config.run.out or f"runs/{name}-{config.data.dataset}"
     return config
 
