@@ -34,7 +34,7 @@ class Baseline(Method):
         sweep_epochs: list[int] = option([30, 50], "--sweep: numbers of epochs", low=1)
 
         def check(self, label: str) -> None:
-            """UserError unless `area` is a pair."""
+            """UserError unless `area` is two values, the smaller first."""
             ViewConfig.supervised(self.area, self.shift, self.flip_p).check(label)
 
     def __init__(self, encoder: nn.Module, config: Config, classes: int) -> None:

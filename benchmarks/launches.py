@@ -1,4 +1,4 @@
-"""Counts of what a step would start on a GPU, without one: torch's fake tensors run our code.
+"""Count the kernels and copies of a step on a GPU, without a GPU: the step runs on fake tensors.
 
 Eager PyTorch needs about 5 microseconds to start a kernel, so on a GPU the count decides how fast
 a small network trains.
@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# they give memory or say what is in it, and start nothing on the device
+# operations that allocate memory or read metadata, and start no kernel
 FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh"}
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that work on `device`, as a context.
+    """Context that counts the operations on `device`.
 
     kernels   name -> count; views and metadata are left out
     foreach   the same for operations over lists of tensors, which start one kernel or more each
@@ -45,7 +45,7 @@ class Launches(TorchDispatchMode):
 
 
 def count_launches(work: Callable[[], object], launches: Launches) -> None:
-    """Count what `work` starts on a device that need not exist; its data must come from the CPU."""
+    """Count what `work` starts on a device, which need not exist; its data must be on the CPU."""
     no_pinning = mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with FakeTensorMode(allow_non_fake_inputs=True), no_pinning, launches:
         work()

@@ -32,8 +32,8 @@ def target_decay(base_tau: float, progress: float) -> float:
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Linear - BatchNorm - ReLU - Linear without bias: projector and predictor (Sec. 3.3).
 
-    The output is not normalized.  Weights start as in the authors' code (haiku's default): normal
-    with standard deviation s = 1/sqrt(inputs), truncated at 2 s, which leaves one of 0.88 s.
+    No batch norm follows the last layer.  Weights start as in the authors' code (haiku's default):
+    normal with standard deviation s = 1/sqrt(inputs), truncated at 2 s, so in effect 0.88 s.
     """
     layers = nn.Sequential(
         nn.Linear(inputs, hidden),

@@ -15,7 +15,7 @@ import torch
 STOPPED = 75  # exit code (EX_TEMPFAIL)
 BROKEN_PIPE = 141  # exit code that shells report for SIGPIPE
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-SILENCE = 2  # seconds; after a failure, torchrun ends the other processes sooner
+SILENCE = 2  # seconds before another rank's error; torchrun ends that rank sooner if rank 0 failed
 LOST = "lost touch with another process: it failed, or stalled for --dist-timeout seconds"
 
 
@@ -99,7 +99,7 @@ def tell(error: Exception, rank: int, debug: bool = False) -> None:
     """Print one line for an expected error, the traceback for a bug.
 
     Errors common to all ranks are printed by rank 0: the others wait, and the launcher ends them
-    when rank 0 exits.  An error on one rank is always printed.
+    when rank 0 exits.  An error on one rank is always printed, LOST only after its cause.
     """
     put("", sys.stdout, end="")  # flush what was printed before
     reason = reason_of(error)

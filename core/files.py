@@ -78,7 +78,7 @@ def write_json(path: Path, value) -> None:
 def open_locked(path: Path, wait: bool = False) -> TextIO | None:
     """Open `path`, created if missing, and lock it until it is closed; None if it is locked.
 
-    wait   for the lock instead of returning None
+    wait   whether to wait for the lock instead of returning None
     The operating system releases the lock when its holder dies.  On a file system without locks,
     the file is opened unlocked with a warning.  Write from the second byte on: Windows locks the
     first, which other processes then can't read.

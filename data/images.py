@@ -53,7 +53,7 @@ class Images:
         return images.expand(-1, 3, -1, -1)
 
     def resident(self, device: torch.device, when: str, block: int = 1024) -> "Images":
-        """A copy of the images in the device's memory, or these images if none is made.
+        """These images, copied to the device's memory if `when` allows it.
 
         when   always, never, or auto: if the copy takes less than half of a GPU's free memory
         """

@@ -31,9 +31,9 @@ class Labelled:
         return Labelled(images, labels, self.index[rows], self.class_names)
 
     def hold_out(self) -> "Split":
-        """A stratified fifth of these images to choose settings on, as `test`, and the rest.
+        """A stratified fifth of these images as `test`, to choose settings on; `train` is the rest.
 
-        The only image of a class is in the rest.  UserError if each class has one.
+        If a class has only one image, that is in `train`; UserError if all have only one.
         """
         if self.index is None:
             raise ValueError("settings are never chosen on test images")
@@ -54,7 +54,7 @@ class Split:
 def stratified_folds(labels: np.ndarray, count: int, seed: int = 0) -> list[np.ndarray]:
     """The rows held out in each of `count` folds, which have equal shares of every class.
 
-    The only row of a class is never held out.
+    If a class has only one row, that is never held out.
     """
     rng, fold = np.random.default_rng(seed), np.empty(len(labels), np.int64)
     for c in np.unique(labels):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.errors import UserError, printable
 
-FORMAT = 3  # of packs; a new number makes all of them again
+FORMAT = 3  # version of the packs; a new number repacks all folders
 # Folders that operating systems, network storage and archivers make, in lower case.
 SYSTEM = "__macosx @eadir @recycle #recycle #snapshot ~snapshot $recycle.bin lost+found".split()
 
@@ -88,7 +88,7 @@ def _walk(root: Path) -> list[str]:
 
 
 def _is_special(path: str) -> bool:
-    """Whether it is a pipe, socket or device: reading one might never end."""
+    """Whether `path` is a pipe, socket or device: reading one might never end."""
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)
     except OSError:  # a link that leads nowhere

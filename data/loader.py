@@ -1,9 +1,9 @@
 """Batches of views as a pure function of the step index, without worker processes.
 
-An epoch's order comes from (seed, epoch).  Step k takes a block of it, the GLOBAL batch; that is
-cut into micro-batches, and these into one slice for each rank.  The views' random numbers are drawn
-for the global batch from (seed, stream, k).  So images and pixels are the same for any number of
-processes, and a resume needs the step alone.
+The order of an epoch comes from (seed, epoch).  A step takes a block of it, the GLOBAL batch.  This
+is cut into micro-batches, and each of them into one slice for each rank.  The views' random numbers
+come from (seed, step), for the global batch.  So images and pixels are the same for any number of
+processes, and a resume needs only the step.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ ORDER, VIEWS = 1, 2  # streams of random numbers
 
 
 def generator(seed: int, stream: int, step: int) -> np.random.Generator:
-    """NumPy's generator for one step; SeedSequence mixes the three, whose sums would collide."""
+    """NumPy's generator for a step; seeding with a sum would repeat steps of other seeds."""
     return np.random.default_rng(np.random.SeedSequence([seed, stream, step]))
 
 
@@ -33,8 +33,9 @@ class Loader:
     """Micro-batches of views for each step.
 
     images, labels   what to train on; labels may be None
-    views            one ViewConfig for each view; crop_size where it has no size
-    batch_size       GLOBAL, cut into `accumulate` micro-batches, each shared by the processes
+    views            one ViewConfig for each view
+    crop_size        side in pixels of the views whose `size` is 0
+    batch_size       GLOBAL, cut into `accumulate` micro-batches, each split among the processes
     mean, std        of the three channels, in 0..1
     rank             of this process among `world_size`; its views are made on `device`
     """
@@ -92,7 +93,7 @@ class Loader:
         self._std = torch.tensor(self.std, dtype=self.dtype, device=self.device)
 
     def indices(self, step: int) -> np.ndarray:
-        """The images of the global batch of a step, (batch_size,)."""
+        """Indices of the images in the global batch of a step, (batch_size,)."""
         epoch, block = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
@@ -100,19 +101,19 @@ class Loader:
         return self._order[block * self.batch_size : (block + 1) * self.batch_size]
 
     def batches(self, step: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
-        """Yield (views, labels) of this rank for each micro-batch."""
+        """Yield (views, labels) of this rank for each micro-batch; labels are (b,) or None."""
         indices, drawn = self.indices(step), self._draw(step)
         micro = self.batch_size // self.accumulate
         share = micro // self.world_size
         for first in range(self.rank * share, self.batch_size, micro):
             part = slice(first, first + share)
-            pixels, labels = self.images.take(indices[part], self.device), None
-            if self.labels is not None:
-                labels = to_device(self.labels[indices[part]], self.device)
+            chosen = indices[part]
+            pixels = self.images.take(chosen, self.device)
+            labels = None if self.labels is None else to_device(self.labels[chosen], self.device)
             yield self.make_views(pixels, drawn, part), labels
 
     def preview(self, count: int = 16) -> Tensor:
-        """The first step's views of `count` images: a row a view, (3, rows, columns) in 0..1."""
+        """A picture of the first step, a row of `count` images for each view: (3, H, W) in 0..1."""
         pixels = self.images.take(self.indices(0)[:count], self.device)
         views = self.make_views(pixels, self._draw(0), slice(count))
         side = max(view.shape[2] for view in views)  # smaller crops are enlarged to it
@@ -127,16 +128,16 @@ class Loader:
 
     @torch.no_grad()
     def make_views(self, pixels, drawn: list[dict], part=slice(None)) -> tuple[Tensor, ...]:
-        """Normalized views of uint8 images by what `draw` drew for them, or for more images.
+        """Normalized views of uint8 images (B, 3, H, W): one (B, 3, side, side) for each view.
 
-        part   where these images are among those that `drawn` is for
+        drawn   what `draw` returned for each view, for these images or for more
+        part    slice or indices of these images in the arrays of `drawn`
         """
-        sizes, made = [view.size or self.crop_size for view in self.views], {}
-        for size in dict.fromkeys(sizes):  # views of one size are made together
-            of_size = [n for n, other in enumerate(sizes) if other == size]
-            numbers = {
-                name: np.concatenate([drawn[n][name][part] for n in of_size]) for name in drawn[0]
-            }
-            x = normalize(apply(pixels, numbers, size, self.dtype), self._mean, self._std)
-            made |= zip(of_size, x.chunk(len(of_size)), strict=True)
+        sizes = [view.size or self.crop_size for view in self.views]
+        made = {}  # number of a view -> its images
+        for size in dict.fromkeys(sizes):  # all views of one size are made as one batch
+            same = [n for n, other in enumerate(sizes) if other == size]
+            joined = {k: np.concatenate([drawn[n][k][part] for n in same]) for k in drawn[0]}
+            x = normalize(apply(pixels, joined, size, self.dtype), self._mean, self._std)
+            made |= zip(same, x.chunk(len(same)), strict=True)
         return tuple(made[n] for n in range(len(sizes)))

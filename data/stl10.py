@@ -1,4 +1,4 @@
-"""STL-10 (Coates, Ng, Lee 2011), memory-mapped from its official files or smaller ones."""
+"""STL-10 (Coates, Ng, Lee 2011), memory-mapped; smaller files of its format are read too."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def _images(path: Path, count: int | None) -> Images:
     if size == 0 or size != expected * IMAGE:
         text = f"a multiple of {IMAGE}" if count is None else f"{count * IMAGE} ({count} images)"
         raise _wrong(path, f"{size} bytes, expected {text}")
-    columns = np.memmap(path, np.uint8, "r", shape=(expected, 3, 96, 96))  # (n, 3, W, H)
+    columns = np.memmap(path, np.uint8, "r", shape=(expected, 3, 96, 96))  # stored as (n, 3, W, H)
     return Images([columns.transpose(0, 1, 3, 2)])
 
 

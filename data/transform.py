@@ -49,7 +49,7 @@ class EvalTransform:
 
     mean, std    of the three channels, in 0..1
     size, crop   short side and center square in pixels, see `frame`
-    stored       short side of the data set's images; PIL images are first made squares of it
+    stored       short side of the data set's images; PIL images are first made squares of this side
     """
 
     mean: list[float]

@@ -1,7 +1,7 @@
-"""The random views of BYOL (App. B, Table 6), drawn for each image, applied to a whole batch.
+"""The random views of BYOL (App. B, Table 6): drawn for each image, applied to a whole batch.
 
-`draw` chooses every random number of a batch on the CPU; `apply` turns images into views by them.
-Each operation gives what torchvision.transforms.v2.functional gives on float images.
+`draw` draws all random numbers of a batch on the CPU; `apply` makes the views with them.
+Each operation has the result of torchvision.transforms.v2.functional on float images.
 """
 
 import math
@@ -17,15 +17,15 @@ from core.errors import UserError
 from core.options import option
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
-# HSV to RGB without cases: high - spread clamp(2 - |h - 3|) for red, clamp(|h - 2| - 1) for green,
-# clamp(|h - 4| - 1) for blue, h in sixths of the circle.  Rows: center, sign, offset
+# A channel is high - spread * clamp(sign * |h - center| + offset, 0, 1), see adjust_hue, with the
+# hue h in sixths of the color circle.  Rows: center, sign, offset; columns: red, green, blue
 HSV_TO_RGB = np.array([[3.0, 2.0, 4.0], [-1.0, 1.0, 1.0], [2.0, -1.0, -1.0]])
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # in the order of a jitter
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as numbered in `order`, see `draw`
 
 
 @dataclass
 class ViewConfig:
-    """One random view, in the order of its operations."""
+    """One random view: its operations in the order in which they are applied."""
 
     size: int = option(0, "side of the view, pixels (0: --crop-size)", low=0)
     area: list[float] = option([0.08, 1.0], "area fraction of the crop, from to", low=0.001, high=1)
@@ -68,21 +68,18 @@ class View2Config(ViewConfig):
 def draw(view: ViewConfig, count: int, height: int, width: int, rng: np.random.Generator) -> dict:
     """All random numbers for one view of `count` images of height x width, by name.
 
-    Arrays of length `count`: integer boxes top, left, h, w; booleans flip, jitter, grey, blur,
-    solarize; the factors brightness, contrast, saturation, hue; `order` (count, 4), a permutation
-    of these four; and sigma in pixels.  The crop is drawn once, rounded and clipped, as in the
-    authors' code (torchvision draws up to ten times).
+    Arrays of length `count`: the crop's top, left, h, w in whole pixels; booleans flip, jitter,
+    grey, blur, solarize; the factors brightness, contrast, saturation; hue, a fraction of the
+    color circle; sigma in pixels; and `order` (count, 4), a permutation of BRIGHTNESS ... HUE.
+    A crop is drawn once and clipped, as in the authors' code (torchvision draws up to ten times).
     """
     area = height * width * rng.uniform(*view.area, count)
     ratio = np.exp(rng.uniform(*np.log(view.aspect), count))
     h = np.clip(np.rint(np.sqrt(area / ratio)), 1, height).astype(np.int64)
     w = np.clip(np.rint(np.sqrt(area * ratio)), 1, width).astype(np.int64)
-    drawn = {
-        "top": rng.integers(-view.shift, height - h + 1 + view.shift),
-        "left": rng.integers(-view.shift, width - w + 1 + view.shift),
-        "h": h,
-        "w": w,
-    }
+    drawn = {"h": h, "w": w}
+    drawn["top"] = rng.integers(-view.shift, height - h + 1 + view.shift)
+    drawn["left"] = rng.integers(-view.shift, width - w + 1 + view.shift)
     for name in ("flip", "jitter", "grey", "blur", "solarize"):
         drawn[name] = rng.random(count) < getattr(view, f"{name}_p")
     for name in ("brightness", "contrast", "saturation"):
@@ -95,62 +92,57 @@ def draw(view: ViewConfig, count: int, height: int, width: int, rng: np.random.G
 
 
 def apply(images: Tensor, drawn: dict, size: int, dtype=torch.float32) -> Tensor:
-    """Views of uint8 images (B, 3, H, W) by what `draw` drew: (N, 3, size, size) in 0..1.
+    """Views of uint8 images (B, 3, H, W): (N, 3, size, size) in 0..1.
 
-    drawn   numbers of N = V * B views: those at n are for a view of image n % B
+    drawn   what `draw` returns, for N = V * B views; view n is made from image n % B
     """
-    # Images are sorted by the place of the hue in their jitter, see color_jitter.
+    # color_jitter needs the views sorted by the place of the hue in their jitter, the last first
     hue_place = np.where(drawn["jitter"], (drawn["order"] == HUE).argmax(1), -1)
     sorting = np.argsort(-hue_place, kind="stable")
     drawn = {name: values[sorting] for name, values in drawn.items()}
     chosen = {name: np.flatnonzero(drawn[name]) for name in ("grey", "blur", "solarize")}
-    numbers = {
+    arrays = {
         "image": sorting % len(images),
-        "back": np.argsort(sorting),
+        "unsorting": np.argsort(sorting),
+        # of the crops' rows, then of their columns; rows are not mirrored
         "start": np.concatenate([drawn["top"], drawn["left"]]),
         "length": np.concatenate([drawn["h"], drawn["w"]]),
         "flip": np.concatenate([np.zeros(len(sorting)), drawn["flip"]]),
-        "blend": blend_factors(drawn),
+        "blend": blend_coefficients(drawn),
         "hue": drawn["hue"],
-        "sigma": drawn["sigma"][chosen["blur"]],
         "hsv_to_rgb": HSV_TO_RGB,
+        "sigma": drawn["sigma"][chosen["blur"]],
     }
-    t = send(numbers | chosen, images.device, dtype)
-    # memory in the order (N, H, 3, W): both products of the crop are then plain ones
+    t = packed_to_device(arrays | chosen, images.device, dtype)
     x = images.index_select(0, t["image"].long()).transpose(1, 2)
+    # memory in the order (N, H, 3, W), so that `separable` need not copy it
     x = x.to(dtype, memory_format=torch.contiguous_format)
     x = crop(x, t["start"], t["length"], t["flip"], size, border(drawn, *images.shape[2:]))
     color_jitter(x, hue_place[sorting], t, drawn["hue"].any())
-    change(x, t["grey"], luma)
-    change(x, t["blur"], blur, t["sigma"])
-    change(x, t["solarize"], solarize)
-    return x.index_select(0, t["back"].long())
+    apply_at(t["grey"], x, luma)
+    apply_at(t["blur"], x, blur, t["sigma"])
+    apply_at(t["solarize"], x, solarize)
+    return x.index_select(0, t["unsorting"].long())
 
 
-def send(arrays: dict[str, np.ndarray], device: torch.device, dtype) -> dict[str, Tensor]:
-    """The arrays as tensors of `dtype`, by one copy; integers stay exact below 2^24."""
+def packed_to_device(arrays: dict[str, np.ndarray], device: torch.device, dtype) -> dict:
+    """The arrays as tensors of `dtype`, copied at once; integers become floats, exact to 2^24."""
     packed = np.concatenate([values.ravel() for values in arrays.values()])
     packed = packed.astype(np.float64 if dtype == torch.float64 else np.float32)
     parts = to_device(packed, device).split([values.size for values in arrays.values()])
-    shapes = zip(arrays.items(), parts, strict=True)
-    return {name: part.view(values.shape) for (name, values), part in shapes}
+    pairs = zip(arrays.items(), parts, strict=True)
+    return {name: part.view(values.shape) for (name, values), part in pairs}
 
 
-def change(x: Tensor, chosen: Tensor, operation: Callable, *parameters: Tensor) -> None:
-    """Replace the images at the indices `chosen` by operation(images, *parameters), in place."""
-    if len(chosen):
-        where = chosen.long() if len(chosen) < len(x) else slice(None)
+def apply_at(indices: Tensor, x: Tensor, operation: Callable, *parameters: Tensor) -> None:
+    """Replace the images x[indices] by operation(x[indices], *parameters), in place."""
+    if len(indices):
+        where = indices.long() if len(indices) < len(x) else slice(None)  # all: no gather
         x[where] = operation(x[where], *parameters)
 
 
-def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std for each channel, in place, in channels-last memory."""
-    x = x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def border(drawn: dict, height: int, width: int) -> int:
-    """How many pixels beyond the image the furthest crop reaches."""
+    """How many pixels the crops reach beyond the image at most."""
     bottom, right = drawn["top"] + drawn["h"] - height, drawn["left"] + drawn["w"] - width
     return max(0, *(int(x.max()) for x in (-drawn["top"], -drawn["left"], bottom, right)))
 
@@ -158,7 +150,7 @@ def border(drawn: dict, height: int, width: int) -> int:
 def crop(x: Tensor, start, length, flip, size: int, border: int) -> Tensor:
     """Crop, resize and mirror: (N, H, 3, W) in 0..255 -> (N, 3, size, size) in 0..1.
 
-    start, length, flip   of the rows, then of the columns, (2 N,) each; see `resize_matrix`
+    start, length, flip   (2 N,), of the rows, then of the columns; see `resize_matrix`
     """
     n, height, _, width = x.shape
     matrix = resize_matrix(start, length, flip, max(height, width), size, border)
@@ -167,7 +159,7 @@ def crop(x: Tensor, start, length, flip, size: int, border: int) -> Tensor:
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Multiply each image by its row and column matrices: (B, H, 3, W) -> (B, 3, h, w)."""
+    """rows x columns^T for each channel x: (B, H, 3, W), (B, h, H), (B, w, W) -> (B, 3, h, w)."""
     batch, height, channels, width = x.shape
     x = torch.bmm(x.reshape(batch, height * channels, width), columns.transpose(1, 2))
     x = torch.bmm(rows, x.view(batch, height, -1))
@@ -175,11 +167,14 @@ def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def resize_matrix(start, length, flip, full: int, size: int, border: int = 0) -> Tensor:
-    """Crop and antialiased bicubic resize along one axis, a (size, full) matrix for each image.
+    """Crop, resize and mirror along one axis, as one matrix for each image: (N, size, full).
 
-    Keys' cubic with a = -0.5; the window is cut at the crop's edge and its weights normalized, as
-    in torchvision's float `resized_crop(..., BICUBIC, antialias=True)`.  The crop may reach
-    `border` pixels beyond the image, where it is zero.  Where `flip` is 1, the result is mirrored.
+    Antialiased bicubic, as in torchvision's float `resized_crop(..., BICUBIC, antialias=True)`:
+    Keys' cubic with a = -0.5, its window cut at the crop's edge and its weights normalized.
+
+    start, length   (N,) first pixel and number of pixels of each crop
+    flip            (N,) 1 where the result is mirrored, else 0
+    border          how many pixels the crops may reach beyond the image, which is zero there
     """
     if border:
         padded = resize_matrix(start + border, length, flip, full + 2 * border, size)
@@ -187,17 +182,17 @@ def resize_matrix(start, length, flip, full: int, size: int, border: int = 0) ->
     start, length, flip = (x[:, None, None] for x in (start, length, flip))
     like = dict(device=start.device, dtype=start.dtype)
     scale = length / size
-    stretch = scale.clamp(min=1)
+    stretch = scale.clamp(min=1)  # of the kernel where the crop shrinks: the antialiasing
     i = torch.arange(size, **like)[None, :, None]
-    i = (i - (size - 1) * flip).abs()
+    i = (i - (size - 1) * flip).abs()  # size - 1 - i where mirrored
     center = scale * (i + 0.5)
     low = (center - 2 * stretch + 0.5).floor().clamp(min=0)
     high = torch.minimum((center + 2 * stretch + 0.5).floor(), length)
-    # the few pixels that count, at most so many for crops of any length
+    # the crop's pixels from `low` on, for all crops as many as the largest window can have
     j = low + torch.arange(math.ceil(4 * max(1, full / size)) + 1, **like)
     weight = cubic((j - center + 0.5) / stretch) * (j < high)
     weight = weight / weight.sum(2, keepdim=True)
-    pixel = (j + start).long().clamp_(max=full - 1)
+    pixel = (start + j).long().clamp_(max=full - 1)  # from `high` on, the weight is 0
     matrix = torch.zeros(len(start), size, full, **like)
     return matrix.scatter_add_(2, pixel, weight)
 
@@ -210,23 +205,8 @@ def cubic(x: Tensor, a: float = -0.5) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
-def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of square images, reflected at the border; its window is a tenth of a side."""
-    size, taps = x.shape[3], 2 * (x.shape[3] // 20) + 1
-    offsets = torch.arange(taps, device=x.device) - taps // 2
-    kernel = torch.exp(-0.5 * (offsets.to(x.dtype) / sigma[:, None]) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)
-    source = torch.arange(size, device=x.device)[:, None] + offsets
-    source = source.abs()  # reflect on the left, then on the right
-    source = (size - 1) - (size - 1 - source).abs()
-    matrix = torch.zeros(len(x), size, size, dtype=x.dtype, device=x.device)
-    values = kernel[:, None, :].expand(-1, size, -1).contiguous()
-    matrix.scatter_add_(2, source.expand(len(x), -1, -1), values)
-    return separable(x.transpose(1, 2), matrix, matrix)
-
-
-def blend_factors(drawn: dict) -> np.ndarray:
-    """What `blend` needs at each place in an image's order of color operations: (4, 3, N)."""
+def blend_coefficients(drawn: dict) -> np.ndarray:
+    """`blend`'s coefficients at each place in the order, (4, 3, N); those of the hue are unused."""
     names, order = ("brightness", "contrast", "saturation"), drawn["order"].T
     by_operation = np.stack([*(drawn[name] for name in names), np.ones(order.shape[1])])
     factor = np.take_along_axis(by_operation, order, 0)
@@ -234,45 +214,45 @@ def blend_factors(drawn: dict) -> np.ndarray:
     return np.stack([factor, rest * (order == SATURATION), rest * (order == CONTRAST)], 1)
 
 
-def color_jitter(x: Tensor, hue_place: np.ndarray, t: dict[str, Tensor], turn: bool) -> None:
-    """Brightness, contrast, saturation and hue in each image's own order, in place.
+def color_jitter(x: Tensor, hue_place: np.ndarray, t: dict[str, Tensor], any_hue: bool) -> None:
+    """Brightness, contrast, saturation and hue in each image's order, in place.
 
-    The hues of all images are turned at once.  What comes before the hue in an image's order is
-    done before that, the rest after it.
+    First the operations before the hue in each image's order, then the hue of all images together,
+    then the operations after it.  Brightness, contrast and saturation differ only in `blend`'s
+    coefficients, so one call does the operations that many images have at one place of the order.
 
-    hue_place   (N,) 0..3, falling, so that each of these works on a slice; -1: no jitter
-    turn        whether any hue changes
+    hue_place   (N,) 0..3, or -1 for no jitter; descending, so that `blend` works on slices
     """
     jittered = int((hue_place >= 0).sum())
-    for k in range(3):
-        early = int((hue_place > k).sum())
-        blend(x[:early], t["blend"][k, :, :early])
-    if turn and jittered:
-        hue(x[:jittered], t["hue"][:jittered], t["hsv_to_rgb"])
-    for k in range(1, 4):
-        late = slice(int((hue_place >= k).sum()), jittered)
-        blend(x[late], t["blend"][k, :, late])
+    for place in range(3):
+        before_hue = slice(int((hue_place > place).sum()))
+        blend(x[before_hue], t["blend"][place, :, before_hue])
+    if any_hue and jittered:
+        adjust_hue(x[:jittered], t["hue"][:jittered], t["hsv_to_rgb"])
+    for place in range(1, 4):
+        after_hue = slice(int((hue_place >= place).sum()), jittered)
+        blend(x[after_hue], t["blend"][place, :, after_hue])
 
 
-def blend(x: Tensor, factors: Tensor) -> None:
-    """f x + s luma + c mean luma, clipped, in place; `factors` (3, N) has f, s, c of each image.
+def blend(x: Tensor, coefficients: Tensor) -> None:
+    """f x + s luma(x) + c mean(luma(x)), clipped, in place; `coefficients` (3, N) are f, s, c.
 
-    Brightness has (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0).
+    Brightness has (f, 0, 0), contrast (f, 0, 1 - f), saturation (f, 1 - f, 0), with f as drawn.
     """
     if len(x):
-        f, s, c = factors[:, :, None, None, None]
+        f, s, c = coefficients[:, :, None, None, None]
         gray = luma(x)
         mean = gray.mean(dim=(1, 2, 3), keepdim=True)
         gray.mul_(s).add_(mean.mul_(c))
         torch.addcmul(gray, x, f, out=x).clamp_(0, 1)
 
 
-def hue(x: Tensor, shift: Tensor, hsv_to_rgb: Tensor) -> None:
-    """Turn the hue of HSV by `shift` (N,) of a full circle (-0.5..0.5), in place."""
+def adjust_hue(x: Tensor, shift: Tensor, hsv_to_rgb: Tensor) -> None:
+    """Add `shift` (N,) to the hue of HSV, in place: a fraction of the color circle, -0.5..0.5."""
     r, g, b = x.split(1, dim=1)
     high = torch.maximum(torch.maximum(r, g), b)
     spread = high - torch.minimum(torch.minimum(r, g), b)
-    # times `spread`, in sixths of the circle; where there is no color it is 0
+    # the hue in sixths of the circle, at first times `spread`; 0 for gray
     h = torch.where(g == high, (b - r).add_(spread, alpha=2), (r - g).add_(spread, alpha=4))
     h = torch.where(r == high, g - b, h).div_(spread.clamp(min=1e-12))
     h = torch.remainder(h.add_(6 * shift[:, None, None, None]), 6)
@@ -287,6 +267,26 @@ def luma(x: Tensor) -> Tensor:
     return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of square images, with reflected borders and 23 taps at 224 pixels (App. B)."""
+    size, taps = x.shape[3], 2 * (x.shape[3] // 20) + 1
+    offsets = torch.arange(taps, device=x.device) - taps // 2
+    kernel = torch.exp(-0.5 * (offsets.to(x.dtype) / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    source = (torch.arange(size, device=x.device)[:, None] + offsets).abs()  # reflected on the left
+    source = (size - 1) - (size - 1 - source).abs()  # and on the right
+    matrix = torch.zeros(len(x), size, size, dtype=x.dtype, device=x.device)
+    values = kernel[:, None, :].expand(-1, size, -1).contiguous()
+    matrix.scatter_add_(2, source.expand(len(x), -1, -1), values)
+    return separable(x.transpose(1, 2), matrix, matrix)
+
+
 def solarize(x: Tensor) -> Tensor:
     """Invert what is at least 0.5."""
     return torch.where(x >= 0.5, 1 - x, x)
+
+
+def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std for each channel, in channels-last memory; overwrites x."""
+    x = x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+    return x.contiguous(memory_format=torch.channels_last)

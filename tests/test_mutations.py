@@ -145,8 +145,8 @@ MUTATIONS = {
     "gray before the colors": (
         "data/views.py",
         '    color_jitter(x, hue_place[sorting], t, drawn["hue"].any())\n'
-        '    change(x, t["grey"], luma)\n',
-        '    change(x, t["grey"], luma)\n'
+        '    apply_at(t["grey"], x, luma)\n',
+        '    apply_at(t["grey"], x, luma)\n'
         '    color_jitter(x, hue_place[sorting], t, drawn["hue"].any())\n', f"{GOLDEN}"),
     "one crop for the whole batch": (
         "data/views.py", "rng.uniform(*view.area, count)", "rng.uniform(*view.area)",
@@ -168,7 +168,8 @@ MUTATIONS = {
     "torch's bicubic, a = -.75": (
         "data/views.py", "a: float = -0.5", "a: float = -0.75", f"{VIEWS} -k torchvision"),
     "colors after the hue before it": (
-        "data/views.py", "for k in range(1, 4):", "for k in range(3):", f"{VIEWS} -k torchvision"),
+        "data/views.py", "for place in range(1, 4):", "for place in range(3):",
+        f"{VIEWS} -k torchvision"),
     "contrast by the luma of each pixel": (
         "data/views.py", "rest * (order == CONTRAST)]", "rest * (order == SATURATION)]",
         f"{VIEWS} -k torchvision"),

@@ -22,10 +22,10 @@ class _Gather(torch.autograd.Function):
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Concatenate x of all ranks, (B, ...) each, to (world_size * B, ...); x itself if not in DDP.
+    """Concatenate x of all ranks, (B, ...) each, to (world_size * B, ...), in the order of ranks.
 
-    The result has the same B on every rank; a rank's rows start at own_rank() * B.  Gradients flow
-    to all ranks.  The loss may be the mean over this rank's rows, or the same mean over all rows on
-    every rank: after DDP has averaged the gradients, both give that of the global batch.
+    B is the same on all ranks, so a rank's rows start at own_rank() * B.  Without a process group,
+    the result is x.  Gradients flow to all ranks.  The loss may be the mean over this rank's rows,
+    or that over all rows on every rank: DDP's averaged gradient is then that of the global batch.
     """
     return _Gather.apply(x.contiguous()) if dist.is_initialized() else x

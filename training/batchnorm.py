@@ -11,16 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class _Normalize(torch.autograd.Function):
     """Batch norm with the statistics of all processes: one small collective in each direction.
 
-    torch's kernels pass over the activations: for a rank's mean and variance, for the affine map
-    with the common ones, and for the sums in the gradient.
+    torch's kernels do all passes over the activations but the last one of the gradient: the rank's
+    mean and variance, the normalization by the global ones, and the sums of the gradient.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
         """(normalized x, mean, biased variance); all ranks have equally many images."""
-        unused = torch.zeros_like(
-            weight
-        )  # its dtype, float32 for half x, is that of the statistics
+        # gives the statistics their dtype, float32 for half-precision x
+        unused = torch.zeros_like(weight)
         local = torch.stack(torch.batch_norm_update_stats(x, unused, unused, 0.0))
         shares = local.new_empty(dist.get_world_size(), *local.shape)
         dist.all_gather(list(shares), local)

@@ -49,7 +49,7 @@ class Checkpoints:
         self.folder, self.every, self.keep = folder, every, keep
 
     def due(self, step) -> bool:
-        """Whether to save after this step: one in `every` steps, and the last of all."""
+        """Whether to save after this step: each `every`-th step, and the last."""
         return step.last or (self.every > 0 and (step.index + 1) % self.every == 0)
 
     def save(self, steps_done: int, state: dict) -> None:

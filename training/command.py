@@ -55,7 +55,7 @@ def guarded(run: Callable, config, processes: Processes) -> dict:
         if stop.asked:
             distributed.finish()
             raise SystemExit(STOPPED) from None
-        return {"stopped": False}
+        return {"stopped": False}  # by --stop-after
     except Exception as error:
         if processes.world_size > 1:
             tell(error, processes.rank, config.run.debug)

@@ -114,7 +114,7 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
 def initialize(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:
     """The encoder with the weights of --init, and the mean and std that normalize its inputs.
 
-    images   give the mean and std unless the weights come with theirs
+    images   training images, whose mean and std are used unless the weights come with theirs
     """
     if config.init == "random":
         return build_encoder(config), *images.statistics()

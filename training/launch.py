@@ -19,7 +19,10 @@ RESTARTED = "BYOL_RESTARTED"  # set when the launcher that exec'd us was restart
 
 
 def resume_if_restarted(run) -> None:
-    """Set --resume if torchrun restarts a failed job, since it repeats the original flags."""
+    """Set --resume if torchrun has restarted a failed job: it repeats the flags of the first start.
+
+    A --resume FILE is kept until the run folder has a checkpoint.
+    """
     saved = list(Path(run.out).glob("checkpoints/step-*.pt"))
     if restarted() and (saved or not run.resume):
         run.resume = "auto"

@@ -67,7 +67,6 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward pass of the scaled loss."""
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:

@@ -38,7 +38,7 @@ class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (arXiv 1708.03888), as in BYOL's released code.
 
     g <- g + wd w;  g <- g eta |w|/|g| (factor 1 when a norm is 0);  m <- momentum m + g;
-    w <- w - lr m.  Groups with adapt=False skip the second.  Norms are never read by the CPU.
+    w <- w - lr m.  Groups with adapt=False skip the second assignment.  The CPU never reads a norm.
     """
 
     def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0, eta=1e-3) -> None:

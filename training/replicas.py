@@ -16,7 +16,7 @@ def broadcast_buffers(method: nn.Module) -> None:
 def compare_replicas(method: nn.Module, done: int, local_buffers: bool) -> None:
     """RunError, on all ranks, if their number of steps or their weights differ.
 
-    One small collective compares a sum of the bits of each tensor: one changed value is enough.
+    One small collective compares a sum of the bits of each tensor, which one changed value changes.
     """
     values = dict(method.named_parameters() if local_buffers else method.state_dict())
     steps = torch.tensor(done, device=next(iter(values.values())).device)

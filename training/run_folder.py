@@ -63,7 +63,7 @@ def finished(out: Path, config) -> dict | None:
 class RunFolder(contextlib.ExitStack):
     """The folder that a run writes to.  All ranks must call `log`; only rank 0 touches files.
 
-    config   written to config.json at once, unless it is None
+    config   settings, written to config.json at once; None: `write_config` follows later
     Leaving the context, or `close`, closes its files and releases the lock.
     """
 
@@ -154,8 +154,8 @@ class RunFolder(contextlib.ExitStack):
     def log(self, step, every: int, **extra: float) -> None:
         """Write the metrics of every `every`-th step, the first, the last, and those with `extra`.
 
-        The loss and logged tensors are averaged over the processes.  Only here are they read from
-        the device.
+        The loss and logged tensors are averaged over the processes.  They are copied from the
+        device only here.
         """
         self.images += step.images
         if not (extra or step.index % every == 0 or step.index == self.stop - 1):

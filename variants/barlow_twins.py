@@ -15,8 +15,9 @@ from variants import blocks
 
 
 def cross_correlation(z1: Tensor, z2: Tensor) -> Tensor:
-    """Correlation over the batch of view 1's features with view 2's: 2 x (N, D) -> (D, D) (eq. 2).
+    """Correlation, over the batch, of view 1's features with view 2's: (D, D) (eq. 2).
 
+    z1, z2   (N, D)
     Normalized as in the authors' code, by batch norm without scale and offset.
     """
     z1, z2 = (batch_norm(z, None, None, training=True) for z in (z1, z2))

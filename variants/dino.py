@@ -1,4 +1,5 @@
-"""DINO (arXiv 2104.14294): all crops predict a moving-average teacher's output for large ones.
+"""DINO (arXiv 2104.14294): all crops predict the outputs of a moving-average teacher for the
+large crops.
 
 python -m variants.dino --recipe recipes/sample.toml
 """
@@ -61,7 +62,7 @@ class DINO(Method):
         self.head = Head(encoder.feature_size, config.hidden, config.prototypes)
         self.teacher = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.prototypes))
-        # sum and number of the micro-batches' mean teacher outputs, zeroed after each step
+        # sum and number of the micro-batches' mean teacher outputs, zeroed after each applied step
         self.register_buffer("seen", torch.zeros(config.prototypes + 1), persistent=False)
         small = ViewConfig(size=config.local_size, area=[0.05, config.local_area], blur_p=0.5)
         large = dict(area=[config.local_area, 1.0])

@@ -17,7 +17,9 @@ from training.method import option
 
 
 def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """2 T times the cross-entropy of each query's own key among the GLOBAL batch's keys (eq. 1).
+    """InfoNCE of queries against the keys of the GLOBAL batch, times 2 T (eq. 1, Algorithm 1).
+
+    A query's positive is the key of the same image.
 
     q, k   (B, D) of this rank; k gets no gradient
     """

@@ -49,7 +49,8 @@ class VICReg(Method):
     def loss(self, outputs):
         """Weighted sum of the three terms over the GLOBAL batch (eq. 6).
 
-        The variance term is the mean over both views, as in the authors' code, not their sum.
+        As in the authors' code, the variance term is the mean over both views, not the sum, and the
+        invariance term is averaged over features, not summed.
         """
         z1, z2 = all_gather(outputs["projection"].transpose(0, 1)).unbind(1)
         terms = {
