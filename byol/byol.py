@@ -77,7 +77,7 @@ class BYOL(Method):
         """Outputs of both networks, one view at a time: batch statistics are per view."""
         views = (view1, view2)
         with torch.no_grad():  # the target learns by moving average only
-            # first: its activations are gone when the online network's begin to pile up
+            # first, so that its activations are freed before the online network's are kept
             target_y = [self.target_encoder(view) for view in views]
             target_z = [self.target_projector(y) for y in target_y]
         online_y = [self.encoder(view) for view in views]

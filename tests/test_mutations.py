@@ -47,12 +47,12 @@ MUTATIONS = {
         f"{LOOP} -k float32"),
     # networks
     "batch norm over both views at once": (
-        "training/method.py", "[self.encoder(view) for view in views]",
+        "byol/byol.py", "[self.encoder(view) for view in views]",
         "list(self.encoder(torch.cat(views)).chunk(2))",
         f"{BYOL} -k statistics_are_those"),
     "target in eval mode": (
-        "byol/byol.py", "representation = [self.target_encoder(view)",
-        "self.target_encoder.eval()\n            representation = [self.target_encoder(view)",
+        "byol/byol.py", "target_y = [self.target_encoder(view)",
+        "self.target_encoder.eval()\n            target_y = [self.target_encoder(view)",
         f"{BYOL} -k keeps_its_own"),
     "default initialization of the heads": (
         "byol/byol.py", "nn.init.trunc_normal_(layer.weight, std=scale,", "dict(std=scale,",
