@@ -86,7 +86,7 @@ def run(config: Config, processes: Processes) -> dict:
         processes,
         f"{name} on frozen {e.arch} (stem {e.stem}, width {e.width:g}) of "
         f"{config.ckpt}\n{config.data.dataset}: {len(splits[0].train):,} labelled images, "
-        f"{len(splits[0].test):,} {config.data.evaluate_on} images",
+        f"{len(splits[0].test):,} {config.data.evaluate_on} images; {transform}",
     )
     features = Features(frozen, data if config.folds else None)
     results = []
@@ -96,6 +96,7 @@ def run(config: Config, processes: Processes) -> dict:
         results.append(record(name, method, config, split, **metrics))
     result = over_folds(results) if config.folds else results[0]
     result["pretrain_seed"] = config.weights.meta.get("seed")
+    result["frame"] = [transform.size, transform.crop]
     result["seconds"] = round(time.perf_counter() - started, 1)
     with RunFolder(out, as_dict(config), processes, overwrite=config.run.overwrite):
         if processes.main:

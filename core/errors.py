@@ -47,7 +47,7 @@ def first_process() -> bool:
 
 @functools.cache  # prints the same text only once
 def warn_once(text: str) -> None:
-    """One line on stderr from the first process."""
+    """One line on stderr from the first process; a run's own warnings use run_folder.warn."""
     if first_process():
         put(f"warning: {text}", sys.stderr)
 

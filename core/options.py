@@ -2,10 +2,11 @@
 
 The settings of a command are a subclass of `Config`.  Its fields that are dataclasses are tables of
 a recipe; its other fields are flags of that command only.  Keys of the tables in `PLAIN` are plain
-flags (`--lr`), keys of other tables are dotted flags (`--byol.base-tau`).  A later source overrides
-an earlier one: the dataclass's default, the method's defaults, the run of --ckpt, the recipe's
-shared tables, the recipe's table of the method, the command line.  Without --recipe, the recipe of
-the run of --ckpt is used; that run's settings override it.
+flags (`--lr`), keys of other tables are dotted flags (`--byol.base-tau`).
+
+A later source overrides an earlier one: the dataclass's default, the method's defaults, the run of
+--ckpt, the recipe's shared tables, the recipe's table of the method, the command line.  Without
+--recipe, the recipe of the run of --ckpt comes before that run.
 """
 
 import argparse

@@ -23,7 +23,7 @@ class DataConfig:
     crop_size: int = option(96, "side of the views, pixels", low=8)
     store_size: int = option(160, "--dataset folder: side of the packed images, pixels", low=8)
     eval_size: int = option(
-        0, "short side before the crop (0: no crop up to 96 pixels, else 8/7 of --crop-size)", low=0
+        0, "short side before the crop (0: up to 96 pixels whole, else 8/7 of --crop-size)", low=0
     )
     strict: bool = running(False, "--dataset folder: stop at unreadable images")
 

@@ -2,8 +2,8 @@
 
 The order of an epoch comes from (seed, epoch).  A step takes a block of it, the GLOBAL batch.  This
 is cut into micro-batches, and each of them into one slice for each rank.  The views' random numbers
-come from (seed, step), for the global batch.  So images and pixels are the same for any number of
-processes, and a resume needs only the step.
+come from (seed, step), for the global batch, one view after the other.  So images and pixels are
+the same for any number of processes, and a resume needs only the step.
 """
 
 from collections.abc import Iterator

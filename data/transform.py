@@ -26,7 +26,11 @@ def frame(images: Tensor, size: int, crop: int) -> Tensor:
 
 
 def eval_sizes(data: DataConfig, shape: tuple[int, int]) -> tuple[int, int]:
-    """`size` and `crop` of `frame` that [data] sets for images of `shape` (height, width)."""
+    """`size` and `crop` of `frame` for images of `shape` (height, width).
+
+    (--eval-size, --crop-size) if --eval-size is set; else (0, 0), the whole image, up to 96 pixels;
+    else (8/7 of --crop-size, --crop-size).
+    """
     if data.eval_size:
         if data.eval_size < data.crop_size:
             raise UserError(
@@ -75,6 +79,10 @@ class EvalTransform:
         """Its entries in the meta of an encoder.pt."""
         frame = [self.size, self.crop]
         return {"mean": self.mean, "std": self.std, "stored": self.stored, "frame": frame}
+
+    def __str__(self) -> str:
+        resized = f"resized to {self.size} pixels" if self.size else "not resized"
+        return f"{resized}, {f'center crop of {self.crop}' if self.crop else 'not cropped'}"
 
     def __call__(self, images) -> Tensor:
         """A PIL image, or uint8 (3, H, W) or (B, 3, H, W) -> (B, 3, h, w) float32, normalized."""

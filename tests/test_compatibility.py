@@ -67,7 +67,7 @@ def test_an_encoder_is_evaluated_as_it_was(tmp_path):
     flags = ["--labels", "100", "--device", "cpu", "--quiet", "--out", str(tmp_path / "linear")]
     result = linear_eval.main(["--ckpt", str(FIXTURES / "finished"), *flags])
     assert abs(result["top1"] - EXPECTED["top1"]) < 0.2  # 8 of 4,000 images
-    assert result["pretrain_seed"] == 3
+    assert result["pretrain_seed"] == 3 and result["frame"] == [0, 0]  # images of 28 pixels, whole
 
 
 def test_an_encoder_gives_the_features_it_gave(files):

@@ -9,7 +9,7 @@ from core.options import option, running
 class RunConfig:
     """[run]: run folder, devices and processes."""
 
-    # not options here; the subclasses of commands with --overwrite or --resume make them options
+    # not options here, but in the subclasses whose commands have --overwrite or --resume
     overwrite = False
     resume = ""
 

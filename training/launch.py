@@ -15,7 +15,7 @@ from training.stopping import handle, hangup_ignored
 
 PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "PET_", "TORCHELASTIC_")  # of torchrun's variables
 RELAUNCHED = "BYOL_RELAUNCHED"  # process id of the torchrun that --gpus has started
-RESTARTED = "BYOL_RESTARTED"  # set when the launcher that exec'd us was restarting the job
+RESTARTED = "BYOL_RESTARTED"  # set if torchrun had restarted this process before --gpus replaced it
 
 
 def resume_if_restarted(run) -> None:

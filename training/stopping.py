@@ -15,7 +15,7 @@ from torch import nn
 from core.errors import RunError
 from training.distributed import Processes, sum_over_ranks
 
-SAME = 2.0  # seconds; Ctrl-C arrives twice, from the terminal and from torchrun
+SAME = 2.0  # seconds in which signals count as one: Ctrl-C comes from terminal and torchrun
 SKIPS = 50  # steps in a row that the gradient scaler may skip, halving its scale each time
 
 

@@ -1,5 +1,4 @@
-"""DINO (arXiv 2104.14294): all crops predict the outputs of a moving-average teacher for the
-large crops.
+"""DINO (arXiv 2104.14294): from any crop, predict a moving-average teacher's output for large ones.
 
 python -m variants.dino --recipe recipes/sample.toml
 """

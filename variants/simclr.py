@@ -17,7 +17,7 @@ from training.method import Method, option
 
 
 def nt_xent(z: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of each view's other view among all views of the GLOBAL batch (eq. 1).
+    """Cross-entropy of finding a view's other view among all views of the GLOBAL batch (eq. 1).
 
     z   (2, B, D), this rank's projections
     """

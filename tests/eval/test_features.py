@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.datasets import Dataset
+from data.datasets import DataConfig, Dataset
 from data.images import Images
 from data.labelled import Labelled
 from data.transform import EvalTransform
@@ -115,3 +115,10 @@ def test_features_are_computed_once_for_each_set_of_images():
         assert torch.equal(known(everything.part(rows)), expected)
         known(Labelled(test, labels[:6], None, ["a"]))
     assert computed == [train, test]
+
+
+def test_a_transform_says_what_it_does_with_an_image():
+    assert str(EvalTransform.of(DataConfig(crop_size=96), (160, 160), MEAN, STD)) == (
+        "resized to 110 pixels, center crop of 96"
+    )
+    assert str(EvalTransform.of(DataConfig(), (96, 96), MEAN, STD)) == "not resized, not cropped"
