@@ -40,7 +40,9 @@ def list_images(root: Path) -> Listing:
     files, ignored, digest = {}, Counter(), hashlib.sha256(str(FORMAT).encode())
     for path in _walk(root):
         split, name = _place(path, labelled)
-        status = os.stat(root / path)
+        status = os.stat(f"{root}/{path}")
+        if not stat.S_ISREG(status.st_mode):
+            continue  # reading a pipe, socket or device might never end
         if split and _is_image(path):
             files.setdefault(split, {}).setdefault(name, []).append(path)
             # two swapped files or links can have equal sizes and modification times
@@ -60,7 +62,9 @@ def list_images(root: Path) -> Listing:
 
 def image_files(root: Path) -> list[str]:
     """The image files below `root`, relative to it, sorted."""
-    return [path for path in _walk(root) if _is_image(path)]
+    paths = [path for path in _walk(root) if _is_image(path)]
+    # no pipes, sockets and devices; a link that leads nowhere is an error when it is opened
+    return [path for path in paths if os.path.isfile(root / path) or not (root / path).exists()]
 
 
 def _walk(root: Path) -> list[str]:
@@ -81,18 +85,10 @@ def _walk(root: Path) -> list[str]:
             raise UserError(f"{both} are one folder, by a link; remove one")
         seen[real] = folder
         folders[:] = [name for name in folders if _is_visible(name)]
-        where = Path(folder).relative_to(root)
-        names = [n for n in names if _is_visible(n) and not _is_special(os.path.join(folder, n))]
-        files += [(where / name).as_posix() for name in names]
+        where = Path(folder).relative_to(root).as_posix()
+        names = [name for name in names if _is_visible(name)]
+        files += names if where == "." else [f"{where}/{name}" for name in names]
     return sorted(files)
-
-
-def _is_special(path: str) -> bool:
-    """Whether `path` is a pipe, socket or device: reading one might never end."""
-    try:
-        return not stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:  # a link that leads nowhere
-        return False
 
 
 def _is_visible(name: str) -> bool:

@@ -39,7 +39,7 @@ def check_free(out: Path, resume: bool, overwrite: bool) -> None:
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise UserError(f"--out {out}: {nearest} is not a writable folder; choose another --out")
     if not str(out).isprintable():  # TensorBoard can't write there
-        raise UserError(f"--out {out!s:.200}: choose a name of printable characters")
+        raise UserError(f"--out {out!s:.200}: choose a name of printable UTF-8 characters")
     if (out / "config.json").exists() and not (resume or overwrite):
         raise UserError(
             f"--out {out} holds a run: --overwrite renames it away, --resume continues a training; "
