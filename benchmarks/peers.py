@@ -3,18 +3,13 @@
 lightly's side follows its published BYOL example: its heads, transform, loss and moving average,
 SGD, a DataLoader; images come from memory as PIL images.  It runs as it stands, and with bf16
 autocast and channels-last memory, the two lines that most users would add.  Network, batch and
-images are the same on both sides, each in a process of its own.
+images are the same on both sides.
 """
 
-import contextlib
 import copy
 import functools
 import itertools
-import multiprocessing
-import statistics
-import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from lightly.loss import NegativeCosineSimilarity
@@ -25,8 +20,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from benchmarks.throughput import SIZES, Training, alternate, compare, main, random_images
-from training.encoder import Encoder
+from benchmarks.throughput import Training, alternate, main
+from training.encoder import build_encoder
 
 
 def make_views(transform: Callable, images: list[Image.Image]) -> list[torch.Tensor]:
@@ -35,12 +30,13 @@ def make_views(transform: Callable, images: list[Image.Image]) -> list[torch.Ten
 
 
 class Peer:
-    """BYOL out of lightly's building blocks, `steps` steps at a call; returns how many images."""
+    """BYOL out of lightly's building blocks: as many steps at a call as `ours`, the same sizes."""
 
-    def __init__(self, side: int, steps: int, workers: int, tuned: bool) -> None:
+    def __init__(self, ours: Training, workers: int, tuned: bool) -> None:
         torch.manual_seed(0)
-        (self.batch, stem), self.steps, self.tuned = SIZES[side], steps, tuned
-        self.online = nn.Sequential(Encoder("resnet18", stem), BYOLProjectionHead(512, 1024, 256))
+        self.steps, self.tuned = ours.steps, tuned
+        encoder = build_encoder(ours.session.config.encoder)
+        self.online = nn.Sequential(encoder, BYOLProjectionHead(512, 1024, 256))
         self.target = copy.deepcopy(self.online)
         deactivate_requires_grad(self.target)
         self.predictor = BYOLPredictionHead(256, 1024, 256)
@@ -50,20 +46,21 @@ class Peer:
             self.target.to(memory_format=torch.channels_last)
         self.criterion = NegativeCosineSimilarity()
         self.optimizer = torch.optim.SGD(learner.parameters(), lr=0.06)
-        images = [Image.fromarray(x) for x in random_images(side).transpose(0, 2, 3, 1)]
-        views = BYOLView1Transform(input_size=side), BYOLView2Transform(input_size=side)
+        size = ours.pixels.shape[-1]
+        views = BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size)
         loader = DataLoader(
-            images,
-            self.batch,
+            [Image.fromarray(x) for x in ours.pixels.transpose(0, 2, 3, 1)],
+            ours.batch,
             shuffle=True,
             drop_last=True,
             num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,  # a fork shares pages
             persistent_workers=workers > 0,
             collate_fn=functools.partial(make_views, BYOLTransform(*views)),
         )
         self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
-    def __call__(self) -> int:
+    def __call__(self) -> None:
         for x0, x1 in itertools.islice(self.batches, self.steps):
             update_momentum(self.online, self.target, m=0.99)
             if self.tuned:
@@ -75,42 +72,16 @@ class Peer:
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return self.steps * self.batch
 
 
-@functools.cache
-def made(make: Callable, *arguments) -> Callable[[], int]:
-    """make(*arguments), once in a process."""
-    return make(*arguments)
-
-
-def work(make: Callable, *arguments) -> int:
-    """In a side's process: some steps; the first call, which is not counted, makes the side."""
-    return made(make, *arguments)()
-
-
-def apart(pools: contextlib.ExitStack, make: Callable, *arguments) -> Callable[[], int]:
-    """A side in a process of its own, as a user runs it."""
-    pool = pools.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
-    return lambda: pool.submit(work, make, *arguments).result()
-
-
-def training(options) -> Iterator[tuple[str, dict[str, float]]]:
-    """Ours against lightly as it stands and against the tuned one, with its best workers."""
-    for side in SIZES:
-        steps = 1 if options.tiny else 320 // side
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as pools:
-            sides = {"ours": apart(pools, Training, side, steps, f"{folder}/run", "cpu")}
-            for workers in (0,) if options.tiny else (0, 1, 2):
-                for kind, tuned in (("lightly", False), ("lightly bf16", True)):
-                    peer = apart(pools, Peer, side, steps, workers, tuned)
-                    sides[f"{kind}, {workers} workers"] = peer
-            rates = alternate(sides, options.rounds)
-        for kind in ("lightly, ", "lightly bf16, "):
-            medians = {n: statistics.median(r) for n, r in rates.items() if n.startswith(kind)}
-            best = max(medians, key=medians.get)
-            yield f"training / {kind}{side} px", compare(rates, "ours", best)
+def rows(ours: Training, rounds: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Ours against lightly as it stands and against the tuned one, by workers."""
+    sides = {"ours": ours}
+    for workers in (0, 1, 2):
+        sides[f"lightly, {workers} workers"] = Peer(ours, workers, tuned=False)
+        sides[f"lightly bf16, {workers} workers"] = Peer(ours, workers, tuned=True)
+    return alternate(sides, ours.steps * ours.batch, rounds)
 
 
 if __name__ == "__main__":
-    main(__doc__, training)
+    main(__doc__, rows)
