@@ -29,57 +29,54 @@ def make_views(transform: Callable, images: list[Image.Image]) -> list[torch.Ten
     return default_collate([transform(image) for image in images])
 
 
-class Peer:
-    """BYOL out of lightly's building blocks: as many steps at a call as `ours`, the same sizes."""
-
-    def __init__(self, ours: Training, workers: int, tuned: bool) -> None:
-        torch.manual_seed(0)
-        self.steps, self.tuned = ours.steps, tuned
-        encoder = build_encoder(ours.session.config.encoder)
-        self.online = nn.Sequential(encoder, BYOLProjectionHead(512, 1024, 256))
-        self.target = copy.deepcopy(self.online)
-        deactivate_requires_grad(self.target)
-        self.predictor = BYOLPredictionHead(256, 1024, 256)
-        learner = nn.Sequential(self.online, self.predictor)
-        if tuned:
-            learner.to(memory_format=torch.channels_last)
-            self.target.to(memory_format=torch.channels_last)
-        self.criterion = NegativeCosineSimilarity()
-        self.optimizer = torch.optim.SGD(learner.parameters(), lr=0.06)
-        size = ours.pixels.shape[-1]
-        views = BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size)
-        loader = DataLoader(
-            [Image.fromarray(x) for x in ours.pixels.transpose(0, 2, 3, 1)],
-            ours.batch,
-            shuffle=True,
-            drop_last=True,
-            num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,  # a fork shares pages
-            persistent_workers=workers > 0,
-            collate_fn=functools.partial(make_views, BYOLTransform(*views)),
-        )
-        self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
-
-    def __call__(self) -> None:
-        for x0, x1 in itertools.islice(self.batches, self.steps):
-            update_momentum(self.online, self.target, m=0.99)
-            if self.tuned:
-                x0, x1 = (x.contiguous(memory_format=torch.channels_last) for x in (x0, x1))
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.tuned):
-                p0, p1 = (self.predictor(self.online(x)) for x in (x0, x1))
-                z0, z1 = (self.target(x).detach() for x in (x0, x1))
-                loss = 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+def peer(ours: Training, workers: int, tuned: bool) -> Iterator[None]:
+    """BYOL out of lightly's building blocks, with our sizes: `ours.steps` steps for each `next`."""
+    torch.manual_seed(0)
+    encoder = build_encoder(ours.session.config.encoder)
+    online = nn.Sequential(encoder, BYOLProjectionHead(512, 1024, 256))
+    target = copy.deepcopy(online)
+    deactivate_requires_grad(target)
+    predictor = BYOLPredictionHead(256, 1024, 256)
+    learner = nn.Sequential(online, predictor)
+    layout = torch.channels_last if tuned else torch.contiguous_format
+    learner.to(memory_format=layout)
+    target.to(memory_format=layout)
+    criterion = NegativeCosineSimilarity()
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.06)
+    size = ours.pixels.shape[-1]
+    views = BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size)
+    loader = DataLoader(
+        [Image.fromarray(x) for x in ours.pixels.transpose(0, 2, 3, 1)],
+        ours.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,  # forks slow the main process down
+        persistent_workers=workers > 0,
+        collate_fn=functools.partial(make_views, BYOLTransform(*views)),
+    )
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    for number, batch in enumerate(batches, 1):
+        update_momentum(online, target, m=0.99)
+        x0, x1 = (x.contiguous(memory_format=layout) for x in batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=tuned):
+            p0, p1 = (predictor(online(x)) for x in (x0, x1))
+            z0, z1 = (target(x).detach() for x in (x0, x1))
+            loss = 0.5 * (criterion(p0, z1) + criterion(p1, z0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number % ours.steps == 0:
+            yield
 
 
 def rows(ours: Training, rounds: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Ours against lightly as it stands and against the tuned one, by workers."""
     sides = {"ours": ours}
     for workers in (0, 1, 2):
-        sides[f"lightly, {workers} workers"] = Peer(ours, workers, tuned=False)
-        sides[f"lightly bf16, {workers} workers"] = Peer(ours, workers, tuned=True)
+        for name, tuned in (("lightly", False), ("lightly bf16", True)):
+            side = functools.partial(next, peer(ours, workers, tuned))
+            sides[f"{name}, {workers} workers"] = side
     return alternate(sides, ours.steps * ours.batch, rounds)
 
 

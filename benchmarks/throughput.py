@@ -107,12 +107,13 @@ def launches(work: Callable) -> dict[str, float]:
 
     Without a GPU: the same of torch's operators.
     """
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.profiler.profile() as profiler:
+    kind = "CUDA" if torch.cuda.is_available() else "CPU"
+    activity = getattr(torch.profiler.ProfilerActivity, kind)
+    with torch.profiler.profile(activities=[activity]) as profiler:
         work()
-    order = dict(sort_by=f"self_{kind}_time_total", row_limit=15, max_name_column_width=60)
-    print(profiler.key_averages().table(**order))
-    return {"launches": sum(e.device_type.name == kind.upper() for e in profiler.events())}
+    order = f"self_{kind.lower()}_time_total"
+    print(profiler.key_averages().table(order, row_limit=15, max_name_column_width=60))
+    return {"launches": sum(event.device_type.name == kind for event in profiler.events())}
 
 
 def rows(ours: Training, rounds: int) -> Iterator[tuple[str, dict[str, float]]]:
