@@ -1,1 +1,1 @@
-"""Timings: `python -m benchmarks.throughput`, `python -m benchmarks.peers`.  Not tests."""
+"""Timings and counts: throughput, peers, launches; gpu.sh runs what needs a GPU.  Not tests."""

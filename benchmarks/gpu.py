@@ -51,7 +51,8 @@ def page(out: Path, command: str) -> int:
     about = {"command": command, "commit": git_commit(), "torch": torch.__version__}
     about |= {"CUDA": torch.version.cuda, "failed": ", ".join(failed)}
     write_json(out / "gpu.json", about | {"runs": runs, "measured": measured, "pieces": tries})
-    text = "# Measured on a GPU\n\n" + "".join(map(table, ([about], runs, measured, tries)))
+    text = f"# Measured on: {tries[-1]['card']}\n\n"
+    text += "".join(table(rows) for rows in ([about], runs, measured, tries) if rows)
     for name, log in logs.items():
         last = log.read_text(errors="replace").splitlines()[-25:]
         text += f"## {name}\n\n```\n" + "\n".join(last) + "\n```\n\n"

@@ -23,7 +23,8 @@ fi
 mkdir -p "$1" && out=$(realpath "$1") && data=$(realpath "$2") && shift 2 || exit 2
 wanted=" ${*:-tests speed compiled cifar10 stl10} " python=${PYTHON:-python3}
 cd "$(dirname "$0")/.." || exit 2
-card=$(nvidia-smi --id=0 --query-gpu=name,driver_version --format=csv,noheader 2>&1) || card="no GPU"
+card="no GPU" ask="--query-gpu=name,driver_version --format=csv,noheader"
+[ ${#tiny[@]} = 0 ] && card=$(nvidia-smi --id=0 $ask 2>/dev/null || echo "no GPU")
 trap 'exit 75' INT TERM HUP
 
 piece() { # NAME COMMAND...: runs it unless it is done; what came of it goes to pieces.jsonl
@@ -35,6 +36,7 @@ piece() { # NAME COMMAND...: runs it unless it is done; what came of it goes to 
         timeout --foreground --preserve-status --kill-after 20 $((left < 540 ? left : 540)) \
             "$@" >>"$out/$name.log" 2>&1
         code=$?
+        [ $code = 143 ] && [ $left -lt 540 ] && code=75 # LIMIT has ended it
     fi
     printf '{"piece": "%s", "code": %d, "seconds": %d, "card": "%s", "command": "%s"}\n' \
         "$name" $code $((SECONDS - begun)) "$card" "$*" >>"$out/pieces.jsonl"
@@ -44,8 +46,8 @@ piece() { # NAME COMMAND...: runs it unless it is done; what came of it goes to 
 speed() { # NAME FLAGS...: throughput in each setting; a setting is several words
     local number=0 setting
     for setting in "${settings[@]}"; do
-        piece "$1$((++number))" "$python" -m benchmarks.throughput "${rounds[@]}" $setting "${@:2}" \
-            "${tiny[@]}"
+        piece "$1$((++number))" "$python" -m benchmarks.throughput \
+            "${rounds[@]}" $setting "${@:2}" "${tiny[@]}"
     done
 }
 
@@ -68,6 +70,7 @@ tests=("$python" -m pytest -m gpu tests/test_gpu.py) folder=() share=1
 [[ $wanted == *" tests "* ]] && piece tests "${tests[@]}"
 [[ $wanted == *" speed "* ]] && speed speed
 [[ $wanted == *" compiled "* ]] && speed compiled --compile
-[[ $wanted == *" cifar10 "* ]] && train cifar10 $share --recipe recipes/cifar10_gpu.toml "${folder[@]}"
+[[ $wanted == *" cifar10 "* ]] &&
+    train cifar10 $share --recipe recipes/cifar10_gpu.toml "${folder[@]}"
 [ $share = 2 ] && train stl10 1 --recipe recipes/stl10.toml
 "$python" -m benchmarks.gpu page "$out" "$command"

@@ -102,7 +102,7 @@ def alternate(
         yield name, row | {"lowest": min(ratios), "highest": max(ratios)}
 
 
-def launches(work: Callable) -> dict[str, float]:
+def profile(work: Callable) -> dict[str, float]:
     """How many kernels and copies `work` starts on the GPU; prints the 15 that take longest.
 
     Without a GPU: the same of torch's operators.
@@ -122,7 +122,7 @@ def rows(ours: Training, rounds: int) -> Iterator[tuple[str, dict[str, float]]]:
     sides |= {"bare step": ours.bare, "views": ours.views}
     yield from alternate(sides, ours.steps * ours.batch, rounds)
     ours.steps = 1
-    yield "a step", launches(ours)
+    yield "a step", profile(ours)
 
 
 def main(description: str, rows: Callable) -> None:
