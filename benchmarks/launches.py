@@ -1,11 +1,12 @@
-"""Count the kernels and copies of a step on a GPU, without a GPU: the step runs on fake tensors.
+"""Counts of what a step would start on a GPU, without one: torch's fake tensors run our code.
 
 Eager PyTorch needs about 5 microseconds to start a kernel, so on a GPU the count decides how fast
 a small network trains.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from unittest import mock
 
 import torch
@@ -13,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# operations that allocate memory or read metadata, and start no kernel
+# they give memory or say what is in it, and start nothing on the device
 FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh"}
 
 
 class Launches(TorchDispatchMode):
-    """Context that counts the operations on `device`.
+    """Counts the operations that work on `device`, as a context.
 
     kernels   name -> count; views and metadata are left out
     foreach   the same for operations over lists of tensors, which start one kernel or more each
@@ -44,8 +45,11 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def count_launches(work: Callable[[], object], launches: Launches) -> None:
-    """Count what `work` starts on a device, which need not exist; its data must be on the CPU."""
+@contextlib.contextmanager
+def count_launches() -> Iterator[Launches]:
+    """Context in which "cuda" need not exist; counts what runs there, on data from the CPU."""
     no_pinning = mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    with FakeTensorMode(allow_non_fake_inputs=True), no_pinning, launches:
-        work()
+    autocast = mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, no_pinning, autocast, Launches() as launches:
+        yield launches

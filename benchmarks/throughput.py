@@ -1,23 +1,30 @@
 """How near training is to the limit of this machine: `python -m benchmarks.throughput`.
 
-Prints JSON, a line a row: training; the same with its images in main memory; the bare step of the
-same network (fixed views, no records, no checks); the views alone; what one step starts on the
-device.  `ratio` is the first row's rate through this one's.  They run in turn, A B A B; on a shared
-machine only their ratio means something.  Flags of train_byol.py, such as `--crop-size 32
---batch-size 1024 --compile`, take the place of the two usual settings.
+Prints JSON, a line a row.  Training; the bare step of the same network (fixed views, no records, no
+checks); the views alone: they run in turn, A B A B, and `ratio` is training's rate through the
+row's.  On a shared machine only ratios mean something.  Then the kernels that a step starts on a
+GPU, and the seconds from typing a command to its first step.
+Flags of train_byol.py, such as `--crop-size 32 --compile`, replace the usual settings.
 """
 
 import argparse
+import copy
+import dataclasses
+import itertools
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import train_byol
+from benchmarks.launches import count_launches
 from byol.byol import BYOL
 from core.device import pick_device
 from data.images import Images
@@ -27,74 +34,72 @@ from training.distributed import start
 from training.session import Session
 from training.stopping import Watch
 
-USUAL = ("--crop-size 96 --batch-size 64", "--crop-size 32 --batch-size 128 --stem small")
 FLAGS = "--optimizer sgd --byol.hidden 1024 --steps 100000 --quiet"
+USUAL = {  # flags: steps of a side in a round
+    "--crop-size 96 --batch-size 64": 3,
+    "--crop-size 32 --batch-size 128 --stem small": 10,
+}
+Rows = Iterator[tuple[str, dict[str, float]]]
 
 
-class Training:
-    """BYOL as train_byol.py trains it, on random images; its bare step; its views.
-
-    Each runs `steps` steps at a call, which take about `images` images.
-    """
-
-    def __init__(self, flags: str, images: int, out: str) -> None:
-        config = train_byol.configure(f"{FLAGS} --out {out} {flags}".split())
-        run, side, self.batch = config.run, config.data.crop_size, config.optim.batch_size
-        self.steps = max(1, images // self.batch)
-        self.pixels = np.random.default_rng(0).integers(0, 256, (4096, 3, side, side), np.uint8)
-        self.images = Images([self.pixels])
-        processes = start(run.device, run.threads, run.dist_timeout, quiet=True)
-        encoder, transform = train_byol.start(config.encoder, config.data, self.images, seed=0)
-        method, views = BYOL(encoder, config.method), (config.view1, config.view2)
-        self.loader = Loader.of(config, self.images, None, views, transform, processes)
-        self.resident = self.loader.images
-        watch = Watch(processes, run.check_every)
-        self.session = Session(config, method, self.loader, transform, processes, watch)
-        self.iterator = self.session.steps()
-        self.fixed_views, _ = next(self.loader.batches(0))
-
-    def __call__(self, images: Images | None = None) -> None:
-        """Steps of the loop of train_byol.py, from its images or from others."""
-        self.loader.images = images or self.resident
-        for _ in range(self.steps):
-            step = next(self.iterator)
-            self.session.log(step)
-            self.session.save_if_due(step)
-
-    def bare(self) -> None:
-        """The same network on the same tensors again and again: no data, no records, no checks."""
-        s = self.session
-        for _ in range(self.steps):
-            with s.precision.autocast():
-                outputs = s.model(*self.fixed_views)
-            loss, _ = s.method.loss({k: v.float() for k, v in outputs.items()})
-            s.precision.backward(loss)
-            s.precision.step(s.optimizer)
-            s.optimizer.zero_grad(set_to_none=True)
-            s.method.after_step(0.5)
-
-    def views(self) -> None:
-        """What the loader does for these steps."""
-        for step in range(self.steps):
-            next(self.loader.batches(step))
+def random_pixels(side: int) -> np.ndarray:
+    """1,024 images as uint8 (1024, 3, side, side), the same at each call."""
+    return np.random.default_rng(0).integers(0, 256, (1024, 3, side, side), np.uint8)
 
 
-def alternate(
-    sides: dict[str, Callable], images: int, rounds: int
-) -> Iterator[tuple[str, dict[str, float]]]:
+def build(flags: str) -> Session:
+    """A run of train_byol.py on random images."""
+    config = train_byol.configure(flags.split())
+    run, images = config.run, Images([random_pixels(config.data.crop_size)])
+    processes = start(run.device, run.threads, run.dist_timeout, quiet=True)
+    encoder, transform = train_byol.start(config.encoder, config.data, images, seed=0)
+    method, views = BYOL(encoder, config.method), (config.view1, config.view2)
+    loader = Loader.of(config, images, None, views, transform, processes)
+    watch = Watch(processes, run.check_every)
+    return Session(config, method, loader, transform, processes, watch)
+
+
+def train(session: Session) -> Iterator[None]:
+    """The loop of train_byol.py: a step for each `next`."""
+    for step in session.steps():
+        session.log(step)
+        session.save_if_due(step)
+        yield
+
+
+def forward(session: Session, views: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """The network's outputs for two views."""
+    with session.precision.autocast():
+        return session.model(*views)
+
+
+def bare(session: Session, views: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """The same network on the same views at each `next`: no data, no records, no checks."""
+    while True:
+        outputs = forward(session, views)
+        loss, _ = session.method.loss({k: v.float() for k, v in outputs.items()})
+        session.precision.backward(loss)
+        session.precision.step(session.optimizer)
+        session.optimizer.zero_grad(set_to_none=True)
+        session.method.after_step(0.5)
+        yield
+
+
+def alternate(sides: dict[str, Iterator], images: int, steps: int, rounds: int) -> Rows:
     """For each side its median rate, and the ratios of the first side's rates to its own.
 
-    A side is a function that works off `images` images; the first round is not counted.
+    A side is an iterator over steps of `images` images; the first round is not counted.
     """
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
-        for name, work in sides.items():
+        for name, side in sides.items():
             begun = time.perf_counter()
-            work()
+            for _ in range(steps):
+                next(side)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number:
-                rates[name].append(images / (time.perf_counter() - begun))
+                rates[name].append(steps * images / (time.perf_counter() - begun))
     first, *_ = rates.values()
     for name, own in rates.items():
         ratios = [a / b for a, b in zip(first, own, strict=True)]
@@ -102,45 +107,77 @@ def alternate(
         yield name, row | {"lowest": min(ratios), "highest": max(ratios)}
 
 
-def profile(work: Callable) -> dict[str, float]:
-    """How many kernels and copies `work` starts on the GPU; prints the 15 that take longest.
+def count_kernels(session: Session) -> dict[str, int]:
+    """How many kernels a GPU would start for the views and the forward pass, uncompiled."""
+    method, cuda = copy.deepcopy(session.method), torch.device("cuda")
+    images = Images([random_pixels(session.loader.crop_size)])
+    with count_launches() as launches:
+        method.to_empty(device=cuda)
+        loader = dataclasses.replace(session.loader, images=images, device=cuda)
+        launches.kernels.clear()
+        views, _ = next(loader.batches(0))
+        count = launches.kernels.total()
+        with torch.autocast("cuda", torch.float16):  # as many as in bf16, which asks for a GPU
+            method(*views)
+    return {"views": count, "forward": launches.kernels.total() - count}
 
-    Without a GPU: the same of torch's operators.
-    """
-    kind = "CUDA" if torch.cuda.is_available() else "CPU"
-    activity = getattr(torch.profiler.ProfilerActivity, kind)
-    with torch.profiler.profile(activities=[activity]) as profiler:
+
+def profile(work) -> int:
+    """How many kernels `work()` starts on this GPU; prints the 15 that take longest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
-    order = f"self_{kind.lower()}_time_total"
-    print(profiler.key_averages().table(order, row_limit=15, max_name_column_width=60))
-    return {"launches": sum(event.device_type.name == kind for event in profiler.events())}
+    print(profiler.key_averages().table("self_device_time_total", row_limit=15))
+    names = [event.name for event in profiler.events() if event.device_type.name == "CUDA"]
+    return sum(not name.startswith("Mem") for name in names)  # Memcpy, Memset
 
 
-def rows(ours: Training, rounds: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """Training against the bare step and the views; the launches of one step."""
-    sides = {"training": ours, "images in main memory": lambda: ours(ours.images)}
-    sides |= {"bare step": ours.bare, "views": ours.views}
-    yield from alternate(sides, ours.steps * ours.batch, rounds)
-    ours.steps = 1
-    yield "a step", profile(ours)
+def rows(flags: str, steps: int, rounds: int) -> Rows:
+    """Training against the bare step and the views; the kernels of a step."""
+    with build(flags) as session:
+        loader, training = session.loader, train(session)
+        views, _ = next(loader.batches(0))
+        sides = {"training": training, "bare step": bare(session, views)}
+        sides["views"] = (next(loader.batches(step)) for step in itertools.count())
+        yield from alternate(sides, loader.batch_size, steps, rounds)
+        yield "kernels, counted", count_kernels(session)
+        if torch.cuda.is_available():
+            works = {"views": lambda: next(sides["views"]), "step": lambda: next(training)}
+            works["forward"] = lambda: forward(session, views)
+            yield "kernels, profiled", {name: profile(work) for name, work in works.items()}
 
 
-def main(description: str, rows: Callable) -> None:
-    """Print the machine, and the rows of each setting."""
+def start_up(rounds: int) -> Rows:
+    """Seconds from typing a command to its first optimizer step, on the sample."""
+    command, seconds = [sys.executable, "train_byol.py", "--recipe", "recipes/sample.toml"], []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            out, begun = Path(folder, "run"), time.time()
+            subprocess.run([*command, "--quiet", "--stop-after", "1", "--out", out], check=True)
+            seconds.append((out / "metrics.jsonl").stat().st_mtime - begun)
+    row = {"seconds": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds)}
+    yield "first step after typing", row
+
+
+def show(setting: str, rows: Rows) -> None:
+    """Print each row as a line of JSON, with numbers of four digits."""
+    for row, numbers in rows:
+        rounded = {name: float(f"{number:.4g}") for name, number in numbers.items()}
+        print(json.dumps({"setting": setting, "row": row} | rounded), flush=True)
+
+
+def main(description: str, rows, *others) -> None:
+    """Print the machine and the rows of each setting; without flags also those of `others`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=5, help="of each side, in turn [5]")
-    parser.add_argument("--images", type=int, default=640, help="of a side in a round [640]")
     options, flags = parser.parse_known_args()
     device = torch.device(pick_device("auto"))
     print(f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for setting in [" ".join(flags)] if flags else USUAL:
+    for setting, steps in ({" ".join(flags): 10} if flags else USUAL).items():
         with tempfile.TemporaryDirectory() as folder:
-            ours = Training(setting, options.images, f"{folder}/run")
-            for what, numbers in rows(ours, options.rounds):
-                rounded = {name: float(f"{number:.4g}") for name, number in numbers.items()}
-                print(json.dumps({"setting": setting, "row": what} | rounded), flush=True)
-            ours.session.close()
+            show(setting, rows(f"{FLAGS} --out {folder}/run {setting}", steps, options.rounds))
+    for other in () if flags else others:
+        show("", other(options.rounds))
 
 
 if __name__ == "__main__":
-    main(__doc__, rows)
+    main(__doc__, rows, start_up)

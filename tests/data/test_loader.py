@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.launches import Launches, count_launches
+from benchmarks.launches import count_launches
 from core.errors import UserError
 from data.images import Images
 from data.loader import Loader, generator
@@ -168,15 +168,11 @@ def test_D8_a_batch_that_cannot_be_shared_out_is_refused(batch, world_size, accu
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_views_start_few_kernels_and_few_copies(accumulate):
     images = Images([np.zeros((512, 3, 96, 96), np.uint8)])
-
-    def step():
+    with count_launches() as launches:
         of_gpu = loader(images, crop_size=96, batch_size=256, accumulate=accumulate,
                         labels=np.arange(512), device=torch.device("cuda"))  # fmt: skip
         launches.copies = 0  # of mean and std, once a run
         list(of_gpu.batches(0))
-
-    launches = Launches()
-    count_launches(step, launches)
     assert 100 * accumulate < sum(launches.kernels.values()) <= 180 * accumulate
     assert launches.copies == 3 * accumulate  # pixels, numbers, labels
     assert not launches.foreach
