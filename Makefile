@@ -1,11 +1,17 @@
-# make demo: a table of results on the sample; make test: the tests.  VENV=DIR: your environment.
+# make demo: a table of results on the sample; make test: the tests; make gpu OUT=runs/gpu
+# DATA=datasets: what is to be measured on a GPU, goes on after a kill.  VENV=DIR: your environment.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
+OUT ?= runs/gpu
+DATA ?= datasets
 
 demo: $(VENV)/.installed
 	$(BIN)/python reproduce.py --recipe recipes/sample.toml --out runs/sample
 	$(BIN)/python -m eval.report runs/sample
+
+gpu: $(VENV)/.installed-tests
+	$(BIN)/python -m benchmarks.gpu $(OUT) $(DATA)
 
 test: $(VENV)/.installed-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -24,4 +30,4 @@ $(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt eval/require
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test test-slow test-faults test-scale
+.PHONY: demo gpu test test-slow test-faults test-scale

@@ -1,1 +1,1 @@
-"""Timings and counts: throughput, peers, launches; gpu.sh runs what needs a GPU.  Not tests."""
+"""Timings and counts: throughput, peers, launches; gpu runs what needs a GPU.  Not tests."""
