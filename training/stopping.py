@@ -45,7 +45,7 @@ class Watch:
     """
 
     def __init__(self, processes: Processes, check_every: int = 0) -> None:
-        self.every = check_every or (20 if processes.device.type == "cuda" else 1)
+        self.every = check_every or (1 if processes.device.type == "cpu" else 20)
         self.flags = torch.zeros(3, device=processes.device)  # stop, save, not finite
         self.asked_stop, self.asked_save = 0.0, False  # time of the first stop signal
         self.stop = self.save = False
@@ -89,7 +89,7 @@ class Watch:
             values = [*model.state_dict().values()]
             for state in optimizer.state.values() if optimizer else ():
                 values += [v for v in state.values() if isinstance(v, torch.Tensor)]
-            values = [v for v in values if v.is_floating_point()]
+            values = [v for v in values if v.is_floating_point() and v.device == self.flags.device]
             largest = torch.stack(torch._foreach_norm(values, float("inf")))
             bad += sum_over_ranks((~torch.isfinite(largest)).sum()).item()
         if bad:
