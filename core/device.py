@@ -17,11 +17,13 @@ def pick_device(device: str) -> str:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy to `device`, asynchronously from pinned memory on CUDA."""
+    """Copy to `device`, asynchronously from pinned memory on CUDA; float64 only to a CPU."""
     tensor = torch.from_numpy(array)
+    if device.type != "cpu" and tensor.dtype == torch.float64:
+        tensor = tensor.float()  # mps has no float64
     if device.type == "cuda":
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def fits_on(device: torch.device, size: int) -> bool:

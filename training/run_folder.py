@@ -154,16 +154,16 @@ class RunFolder(contextlib.ExitStack):
     def log(self, step, every: int, **extra: float) -> None:
         """Write the metrics of every `every`-th step, the first, the last, and those with `extra`.
 
-        The loss and logged tensors are averaged over the processes.  They are copied from the
-        device only here.
+        The loss and logged tensors are averaged over the processes, in float64 on a CPU
+        (mps has none).  They are copied from the device only here.
         """
         self.images += step.images
         if not (extra or step.index % every == 0 or step.index == self.stop - 1):
             return
         tensors = {"loss": step.loss}
         tensors |= {k: v for k, v in step.logs.items() if isinstance(v, torch.Tensor)}
-        means = torch.stack([v.detach().double() for v in tensors.values()])
-        means = (sum_over_ranks(means) / self.processes.world_size).tolist()
+        means = torch.stack([v.double() if v.is_cpu else v.float() for v in tensors.values()])
+        means = (sum_over_ranks(means.detach()) / self.processes.world_size).tolist()
         now = time.perf_counter()
         rate = self.images / (now - self.clock)
         row = {"step": step.index, "epoch": step.epoch, "lr": step.lr}
