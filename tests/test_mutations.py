@@ -22,6 +22,7 @@ SAVING, STOPPING = (f"tests/training/test_{n}.py" for n in ("checkpoints", "stop
 LISTING = "tests/data/test_listing.py"
 NETWORKS = "tests/training/test_encoder.py"
 SCRIPTS, WEIGHTS = "tests/test_scripts.py", "tests/training/test_weights.py"
+FAKE = "tests/test_fake_devices.py"
 FEATURES, ONLINE = "tests/eval/test_features.py", "tests/eval/test_online.py"
 
 # name: (file, text that stands there once, what a mistaken author would write, tests that fail)
@@ -131,6 +132,25 @@ MUTATIONS = {
         "variants/barlow_twins.py", "(batch_norm(z, None, None, training=True) for",
         "((z - z.mean(0)) / (z.std(0, correction=0) + 1e-5) for",
         "tests/variants/test_losses.py -k authors"),
+    # devices
+    "labels left on the CPU": (
+        "data/loader.py", "to_device(self.labels[chosen], self.device)",
+        "torch.from_numpy(self.labels[chosen])", f"{FAKE} -k each_method"),
+    "a copy that waits": (
+        "core/device.py", "tensor.pin_memory().to(device, non_blocking=True)", "tensor.to(device)",
+        f"{FAKE} -k byol"),
+    "the loss read at each step": (
+        "training/loop.py", "loss_of_step + loss.detach()", "loss_of_step + loss.item()",
+        f"{FAKE} -k byol"),
+    "flags read at each step": (
+        "training/stopping.py", 'processes.device.type == "cpu" else 20', "True else 20",
+        f"{FAKE} -k byol"),
+    "Adam's steps among the weights": (
+        "training/stopping.py", "v.is_floating_point() and v.device == self.flags.device",
+        "v.is_floating_point()", f"{FAKE} -k byol"),
+    "float64 in the log of a device": (
+        "training/run_folder.py", "v.double() if v.is_cpu else v.float()", "v.double()",
+        f"{FAKE} -k byol"),
     # augmentation
     "one draw for the whole batch": (
         "data/views.py", "drawn[name] = rng.random(count) <",
