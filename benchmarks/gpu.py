@@ -90,7 +90,8 @@ def page(out: Path) -> int:
     about = {"machine": processor(torch.device(pick_device("auto"))), "commit": git_commit()}
     about |= {"torch": torch.__version__, "CUDA": torch.version.cuda}
     about["failed"] = [name for name, row in pieces.items() if row["code"]]  # in its last try
-    results = {path.parent.name: read_json(path) for path in sorted(out.rglob("result.json"))}
+    paths = sorted(out.rglob("result.json"))
+    results = {path.parent.relative_to(out).as_posix(): read_json(path) for path in paths}
     text = "".join(f"- {name}: {value}\n" for name, value in about.items())
     text += "\n| run | top-1, % | steps | seconds |\n|---|---|---|---|\n"
     for name, row in results.items():
