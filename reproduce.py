@@ -68,7 +68,7 @@ class ReproduceConfig:
     trained_draws: int = option(3, "label draws for baseline and fine-tuning", low=1)
     first_draw: int = option(0, "number of the first draw", low=0)
     seeds: int = option(1, "pretraining seeds", low=1)
-    inits: list[str] = option(["random"], "starting points", choices=("random", "imagenet"))
+    inits: list[str] = option(["random"], "initial weights", choices=("random", "imagenet"))
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,7 @@ def method_of(name: str) -> type[Method]:
     if name == "byol":
         return train_byol.BYOL
     if not (file.isidentifier() and (Path(__file__).parent / "variants" / f"{file}.py").exists()):
-        raise UserError(f"--methods {name}: no file variants/{file}.py; byol, simsiam, dino, ...?")
+        raise UserError(f"--methods {name}: no file variants/{file}.py; try byol, simsiam, dino")
     module = importlib.import_module(f"variants.{file}")
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method)]
     classes = [c for c in classes if c.__module__ == module.__name__]  # defined there, not imported
@@ -113,7 +113,7 @@ def configure(argv: list[str]) -> Config:
     config.run.out = config.run.out or f"runs/{'methods' if several else Path(config.recipe).stem}"
     names = [method_of(name).name for name in config.methods]
     if len(set(names)) < len(names):
-        raise UserError("--methods: two of them have the same `name`, or one stands there twice")
+        raise UserError("--methods: two of them have the same `name`, or one is named twice")
     pretraining_settings(config)
     if not several:
         check_budgets(config)
@@ -195,7 +195,7 @@ class Table:
 
 
 def keep_settings(path: Path, config: Config) -> None:
-    """Write the settings that shape the cells; UserError where --out holds cells of others."""
+    """Write the settings that shape the cells; UserError if --out has cells of others."""
     settings = shaping({"recipe": config.recipe_tables, "flags": config.typed})
     if path.exists() and shaping(read_json(path)) != settings:
         raise UserError(
@@ -207,7 +207,7 @@ def keep_settings(path: Path, config: Config) -> None:
 
 def shaping(settings: dict) -> dict:
     """The part of {"recipe": tables, "flags": typed values} that changes the result of a cell."""
-    others = ("", "reproduce")  # which cells are measured
+    others = ("", "reproduce")  # these only select the cells to measure
     recipe = {name: dict(t) for name, t in settings["recipe"].items() if name not in others}
     flags = {k: v for k, v in settings["flags"].items() if k.rpartition(".")[0] not in others}
     for table, kind in {"data": datasets.DataConfig, "run": TableRun}.items():

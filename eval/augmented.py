@@ -21,15 +21,15 @@ class AugmentedConfig:
     """[augmented]: linear evaluation on random crops (BYOL, Sec. 4.1, App. C.1)."""
 
     epochs: int = option(80, "epochs over the training labels", low=1)
-    batch_size: int = option(256, "GLOBAL batch", low=2)
-    rates: list[float] = option([0.4, 0.3, 0.2, 0.1, 0.05], "rates per 256 images to try", low=0)
+    batch_size: int = option(256, "GLOBAL batch size", low=2)
+    rates: list[float] = option([0.4, 0.3, 0.2, 0.1, 0.05], "learning rates per 256 images", low=0)
     area: list[float] = option([0.08, 1.0], "area fraction of the crops", low=0.01, high=1)
 
 
 def fit_augmented(
     frozen: FrozenEncoder, labelled: Labelled, config: AugmentedConfig, crop_size: int, seed: int
 ) -> Classifier:
-    """Train a layer on `labelled`; of several rates, the best on a held-out fifth of it."""
+    """Train a linear layer on `labelled`, at the rate that is best on a held-out fifth of it."""
     rates, trials = config.rates, {}
     if len(rates) > 1:
         part = labelled.hold_out()
@@ -46,7 +46,7 @@ def fit_augmented(
 def crops_of(
     frozen: FrozenEncoder, labelled: Labelled, config: AugmentedConfig, crop_size: int, seed: int
 ) -> Loader:
-    """Loader of random crops and flips of `labelled`, normalized as for the encoder."""
+    """Loader of random crops and flips of `labelled`, normalized for the encoder."""
     p, transform = frozen.processes, frozen.transform
     size = min(config.batch_size, len(labelled))
     return Loader(

@@ -82,7 +82,7 @@ def logistic_regression(
     """Minimize mean cross-entropy + strength/2 |W|^2 by L-BFGS; intercepts are not penalized.
 
     x           (N, D) float64, standardized
-    start       (D + 1, classes): W, and the intercepts in the last row; so is the result
+    start       (D + 1, classes): W, and the intercepts in the last row, as in the result
     tolerance   stop when no entry of the gradient is larger
     """
     theta = start.clone().requires_grad_(True)
@@ -128,7 +128,7 @@ def choose_strength(features: Tensor, labels: Tensor, strengths=STRENGTHS) -> fl
     for strength in strengths:
         losses.append(0.0)
         for i, (x, y, held_x, held_y) in enumerate(problems):
-            # at 1e-3 the loss is exact to 1e-4, less than two strengths differ by
+            # tolerance 1e-3: an error of 1e-4 in the loss, less than two strengths differ by
             thetas[i] = logistic_regression(x, y, thetas[i], strength, 1e-3)
             logits = held_x @ thetas[i][:-1] + thetas[i][-1]
             losses[-1] += cross_entropy(logits, held_y, reduction="sum").item()

@@ -2,7 +2,8 @@
 
 python -m eval.embed --ckpt runs/byol-mine --dataset folder --data-root DIR --out features.npz
 
-Arrays: features (N, D) float32; labels (-1: unknown), files and splits, (N,) each; classes.
+--out is the file to write [features.npz].  Arrays: features (N, D) float32; labels (-1: unknown),
+files and splits, (N,) each; classes.
 """
 
 import io

@@ -21,7 +21,7 @@ GRACE = 1000  # steps before the first collapse warning, or a tenth of the run i
 
 
 def held_out_order(count: int) -> tuple[np.ndarray, int]:
-    """A fixed order of `count` images; how many of its first are held out: a fifth, 1 to 2,000."""
+    """A fixed random order of `count` images; how many of its first (1 to 2,000) are held out."""
     return np.random.default_rng(0).permutation(count), max(1, min(count // 5, 2000))
 
 

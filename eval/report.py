@@ -43,7 +43,7 @@ MARKS = {"query": "", "right": "✓ ", "wrong": "✗ "}
 def results_in(folder: Path) -> dict[Path, dict]:
     """{run folder: result.json} of the finished runs: `folder` itself and the folders in it.
 
-    Of an evaluation only `folder`, since the folders in it are its folds or trials.
+    If `folder` is an evaluation, that one alone, since the folders in it are its folds or trials.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a run, or a folder of reproduce.py")
@@ -66,7 +66,7 @@ def labelled_images(table: Path) -> dict:
 
 
 class Features:
-    """The sections on a pretraining run's features, and on a linear classifier fitted to them.
+    """Sections of the report: a pretraining run's features, and a linear classifier on them.
 
     known, features      features (N, D) of the labelled train images, and of the test images
     guess, probability   predicted class of each test image (N,), and probabilities (N, classes)

@@ -126,7 +126,7 @@ def open_folder(config: Config, processes: Processes) -> TrainRun:
 def sweep(config: Config, job: Job, part: Split, watch: Watch) -> list[dict]:
     """Try learning rates x epochs; sets the best in `config`, returns all trials.
 
-    part   four fifths of the training labels to train on, one to measure on: no test images
+    part   four fifths of the training labels to train on, one fifth to measure on; no test images
     """
     m, o, trials = config.method, config.optim, []
     cuts = job.processes.world_size * o.accumulate

@@ -34,7 +34,7 @@ T975 = [float(quantile) for quantile in QUANTILES.split()]
 
 
 class Key(NamedTuple):
-    """Which cell of a table: row, starting point, label budget, label draw, pretraining seed."""
+    """Identifies a cell: row, initial weights, label budget, label draw, pretraining seed."""
 
     name: str
     init: str

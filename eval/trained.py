@@ -46,14 +46,14 @@ def from_weights(weights: Weights, source: str, device: str) -> tuple[nn.Module,
     encoder = weights.encoder(config, source).eval().requires_grad_(False)
     encoder.to(pick_device(device), memory_format=torch.channels_last)
     missing = TORCHVISION
-    if "crop_size" in weights.meta:  # our file: no crop in it means none
+    if "crop_size" in weights.meta:  # our own file: without a `frame` in it, nothing is cropped
         missing = {k: TORCHVISION[k] for k in ("mean", "std")}
     return encoder, EvalTransform.from_meta(missing | weights.meta)
 
 
 @dataclass
 class FrozenEncoder:
-    """An encoder on its device with its transform; called, Images -> features (N, feature_size)."""
+    """An encoder on its device, with its transform; maps Images to features (N, feature_size)."""
 
     encoder: nn.Module
     transform: EvalTransform
@@ -72,7 +72,7 @@ def load_frozen(ckpt: str | Path, device: str) -> FrozenEncoder:
 
 
 class Features:
-    """Function of labelled images: features (N, D), by calling `extract` once for each Images.
+    """Maps Labelled to features (N, D); calls `extract` only once for the same Images.
 
     dataset   if set, features of all its train images are computed once and parts selected
     """
@@ -143,7 +143,7 @@ def read_images(words: list[str], side: int) -> tuple[Images, list[str]]:
 def parser(description: str, device: bool = True) -> Parser:
     """A parser with --ckpt and, unless `device` is False, --device."""
     arguments = Parser(description)
-    arguments.add_argument("--ckpt", required=True, metavar="RUN", help="run folder or weights")
+    arguments.add_argument("--ckpt", required=True, metavar="RUN", help="run folder or file")
     if device:
         arguments.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return arguments
@@ -196,7 +196,7 @@ def from_config(config: CkptConfig, images: Images) -> tuple[nn.Module, EvalTran
 
 
 def inherited_tables(weights: Weights) -> tuple[dict, dict]:
-    """Tables that an evaluation inherits: data and encoder of the run; those of its recipe.
+    """Settings that an evaluation inherits: the run's data and encoder; its recipe's tables.
 
     Options of the recipe's [run] that belong to the run itself, such as `out`, are left out.
     """
@@ -211,7 +211,7 @@ def inherited_tables(weights: Weights) -> tuple[dict, dict]:
 
 
 def folder_beside(config: CkptConfig, *names: str) -> str:
-    """The default run folder of an evaluation: beside the weights, named by its labels."""
+    """The default run folder of an evaluation: in that of --ckpt, named by `names` and labels."""
     data, parts = config.data, list(names)
     if data.labels:
         parts.append(f"labels{data.labels}-draw{data.draw}")

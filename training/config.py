@@ -13,7 +13,7 @@ class RunConfig:
     overwrite = False
     resume = ""
 
-    out: str = running("", "run folder (default: a name in runs/, or beside --ckpt)")
+    out: str = running("", "run folder (default: a name in runs/, or in that of --ckpt)")
     device: str = running("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     gpus: int = running(1, "processes on this machine, one per GPU", low=1)
     threads: int = running(0, "CPU threads per process (0: cores / processes)", low=0, high=1024)
