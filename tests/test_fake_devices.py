@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from baseline.baseline import Baseline, Finetune
+from benchmarks.launches import Launches
 from byol.byol import BYOL
 from core.device import to_device
 from data.images import Images
@@ -295,3 +296,20 @@ def test_a_print_in_the_loop_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train_step", lambda *a, **k: print(f"loss {step(*a, **k)[0]}"))
     with pytest.raises(Waits):
         train(tmp_path, "mps", make(BYOL))
+
+
+def test_kernels_of_a_whole_step(tmp_path, monkeypatch):
+    """Views, forward and backward pass, optimizer, moving average of a ResNet-18 in float32."""
+    step, counts = loop.train_step, []
+
+    def counted(*arguments, **more):
+        with Launches() as launches:
+            result = step(*arguments, **more)
+        counts.append(launches)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    method = make(BYOL, Encoder("resnet18", "imagenet", 1 / 16))
+    train(tmp_path, "cuda", method, "lars", views=(ViewConfig(), View2Config()))
+    assert counts[-1].kernels.total() <= 950 and counts[-1].foreach.total() <= 12
+    assert counts[-1].copies == 2  # pixels and numbers

@@ -67,8 +67,8 @@ class LARS(Optimizer):
     @staticmethod
     def _trust(weights, grads, eta: float) -> list[torch.Tensor]:
         """eta |w|/|g| for each tensor, 1 where either norm is 0."""
-        w, g = torch._foreach_norm(weights), torch._foreach_norm(grads)
-        return [torch.where((a > 0) & (b > 0), eta * a / b, 1.0) for a, b in zip(w, g, strict=True)]
+        w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, grads))
+        return list(torch.where((w > 0) & (g > 0), eta * w / g, 1.0))
 
 
 def build_optimizer(name: str, groups: list[dict], momentum: float, nesterov=False) -> Optimizer:
