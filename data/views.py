@@ -72,6 +72,7 @@ def draw(view: ViewConfig, count: int, height: int, width: int, rng: np.random.G
     grey, blur, solarize; the factors brightness, contrast, saturation; hue, a fraction of the
     color circle; sigma in pixels; and `order` (count, 4), a permutation of BRIGHTNESS ... HUE.
     A crop is drawn once and clipped, as in the authors' code (torchvision draws up to ten times).
+    All views of a step share `rng`: a new draw here would change the later ones, see docs/fork.md.
     """
     area = height * width * rng.uniform(*view.area, count)
     ratio = np.exp(rng.uniform(*np.log(view.aspect), count))
