@@ -5,16 +5,14 @@ own kernels: without a compiler, in a second, and to the last digit as the netwo
 """
 
 import functools
-import shutil
 
 import forked
 import pytest
 import torch
-from conftest import digest, metrics, state_of, trained
+from conftest import digest, metrics, trained
 from torch import nn
 from torch._dynamo import config
 from torch._dynamo.utils import counters
-from torch._inductor import config as inductor
 
 import eval.features
 import train_baseline
@@ -104,26 +102,3 @@ def test_two_processes_have_one_graph_each(sample, recipe, tmp_path, once, kind)
     assert graphs([*run, str(tmp_path / "compiled")], ranks=2) == [[1], [1]]
     graphs([*run, str(tmp_path / "plain"), "--no-compile"], ranks=2)
     same(tmp_path / "compiled", tmp_path / "plain", 3)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-def test_inductor_resumes_bit_for_bit_and_agrees(sample, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(inductor, "compile_threads", 1)
-    monkeypatch.setattr(inductor, "force_disable_caches", True)  # each run compiles anew
-    flags = ["--compile", "--quiet", "--recipe", recipe, "--steps", "4", "--out"]
-
-    def run(method, out, *more):
-        words = [*flags, str(tmp_path / out), *more]
-        forked.run(train_byol.main, method, words, limit=300)
-
-    run(Dropped, "whole")
-    run(Dropped, "run", "--stop-after", "2")
-    run(Dropped, "run", "--resume")
-    same(tmp_path / "run", tmp_path / "whole", 4)
-    run(BYOL, "byol")
-    run(BYOL, "plain", "--no-compile")
-    first = [metrics(tmp_path / out)[0]["loss"] for out in ("byol", "plain")]
-    assert first[0] == pytest.approx(first[1], rel=1e-5)
-    keys = [state_of(tmp_path / out, 4)["model"].keys() for out in ("byol", "plain")]
-    assert keys[0] == keys[1]
