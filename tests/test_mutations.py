@@ -111,8 +111,8 @@ MUTATIONS = {
         "training/optimizers.py", 'if group["adapt"]:',
         'if group["adapt"] and group["weight_decay"]:', f"{LARS} -k formula"),
     "no weight decay in the trust ratio": (
-        "training/optimizers.py", "w, g = torch._foreach_norm(weights), torch._foreach_norm(grads)",
-        "w, g = torch._foreach_norm(weights), torch._foreach_norm([p.grad for p in weights])",
+        "training/optimizers.py", "for tensors in (weights, grads))",
+        "for tensors in (weights, [p.grad for p in weights]))",
         f"{LARS} -k formula"),
     "groups by name": (
         "training/method.py", "others = [p for p in trained if id(p) not in kernels]",
