@@ -64,7 +64,7 @@ class EvalTransform:
 
     @classmethod
     def of(cls, data: DataConfig, shape: tuple[int, int], mean, std) -> "EvalTransform":
-        """The transform that [data] sets for images of `shape` (height, width)."""
+        """As [data] says for images of `shape` (height, width): in training and linear_eval.py."""
         size, crop = eval_sizes(data, shape)
         warn_enlarged(crop, min(shape))
         return cls(mean, std, size, crop, min(shape))
