@@ -19,22 +19,22 @@ FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "detach",
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that work on `device`, as a context.
+    """Counts the operations that work on "cuda", as a context.
 
     kernels   name -> count; views and metadata are left out
     foreach   the same for operations over lists of tensors, which start one kernel or more each
     copies    between host and device
     """
 
-    def __init__(self, device: str = "cuda") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device, self.kernels, self.foreach, self.copies = device, Counter(), Counter(), 0
+        self.kernels, self.foreach, self.copies = Counter(), Counter(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name, tensors = function.overloadpacket.__name__, tree_leaves((args, kwargs, result))
         devices = {x.device.type for x in tensors if isinstance(x, torch.Tensor)}
-        if self.device not in devices or name in FREE or function.is_view:
+        if "cuda" not in devices or name in FREE or function.is_view:
             return result
         if name.startswith("_foreach"):
             self.foreach[name] += 1
