@@ -44,7 +44,8 @@ def run(config: Config, processes: Processes) -> dict:
     """Fine-tune the encoder of --ckpt; returns the content of result.json."""
     say(processes, f"fine-tuning the encoder of {config.ckpt}")
     more = {"pretrain_seed": config.weights.meta.get("seed")}
-    return train_all(config, Job(Finetune, partial(from_config, config), processes, more))
+    start = partial(from_config, config)
+    return train_all(config, Job(Finetune, start, config.ckpt, processes, more))
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -33,7 +33,7 @@ def settings(typed: dict) -> Config:
 def run(config: Config, processes: Processes) -> dict:
     """Train from --init on the labelled images; returns the content of result.json."""
     start = partial(train_byol.start, config.encoder, config.data, seed=config.run.seed)
-    return train_all(config, Job(Baseline, start, processes))
+    return train_all(config, Job(Baseline, start, config.encoder.init, processes))
 
 
 def main(argv: list[str] | None = None) -> dict:

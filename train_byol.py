@@ -94,7 +94,7 @@ def run(config: Config, processes: Processes, method_class: type[Method] = BYOL)
         say(
             processes,
             f"{method.name} on {config.data.dataset}: {len(images):,} images of {height}x{width}, "
-            f"views of {config.data.crop_size}; {session.describe()}",
+            f"views of {config.data.crop_size}; {session.describe(config.encoder.init)}",
         )
         result = train(session, online, processes)
         session.finish(result)

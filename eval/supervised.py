@@ -52,11 +52,13 @@ class Job:
     """A kind of supervised training: the baseline or fine-tuning.
 
     start   function of the training images; returns a new encoder and its EvalTransform
+    init    what the encoder starts from, as text
     more    further entries of result.json
     """
 
     method_class: type
     start: Callable
+    init: str
     processes: Processes
     more: dict = field(default_factory=dict)
 
@@ -170,7 +172,7 @@ def train(config: Config, job: Job, split: Split, watch: Watch, trials: list = (
         say(
             processes,
             f"{method.name} on {config.data.dataset}: {len(split.train):,} labelled images, "
-            f"{len(split.test):,} {config.data.evaluate_on} images; {session.describe()}",
+            f"{len(split.test):,} {config.data.evaluate_on} images; {session.describe(job.init)}",
         )
         for step in session.steps():
             session.log(step)

@@ -78,14 +78,14 @@ class Session(contextlib.ExitStack):
         meta |= {"method": self.method.name, "step": self.total, "seed": self.loader.seed}
         return meta | {"commit": git_commit()}
 
-    def describe(self) -> str:
+    def describe(self, init: str) -> str:
         """Two lines: the encoder; device, precision, steps and the scaled learning rate."""
         e, o, p = self.config.encoder, self.config.optim, self.processes
         epochs = self.total / self.loader.steps_per_epoch
         trained = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
         text = (
-            f"{e.arch}, stem {e.stem}, width {e.width:g}, "
-            f"init {getattr(self.config, 'ckpt', e.init)}: {trained:,} trained parameters\n"
+            f"{e.arch}, stem {e.stem}, width {e.width:g}, init {init}: "
+            f"{trained:,} trained parameters\n"
             f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
             f"{o.batch_size} images ({epochs:.3g} epochs), {o.optimizer}, "
             f"learning rate {self.peak:g} after a warm-up of {self.warmup:,} steps"
