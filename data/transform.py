@@ -64,7 +64,7 @@ class EvalTransform:
 
     @classmethod
     def of(cls, data: DataConfig, shape: tuple[int, int], mean, std) -> "EvalTransform":
-        """As [data] says for images of `shape` (height, width): in training and linear_eval.py."""
+        """By [data], for images of `shape`: for train_byol.start and eval.trained.from_config."""
         size, crop = eval_sizes(data, shape)
         warn_enlarged(crop, min(shape))
         return cls(mean, std, size, crop, min(shape))
