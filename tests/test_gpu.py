@@ -47,6 +47,17 @@ def test_float32_agrees_with_the_cpu(recipe, tmp_path):
     assert distance(momentum(tmp_path / "cuda", 3), momentum(tmp_path / "cpu", 3)) < 0.1
 
 
+def test_two_gpus_compute_the_losses_and_gradients_of_one(recipe, tmp_path):
+    """DDP and batch norm over processes, by NCCL: one global batch at the same weights."""
+    if int(python("-c", "import torch; print(torch.cuda.device_count())")) < 2:
+        pytest.skip("needs two GPUs")
+    flags = ["--steps", "3", "--optimizer", "sgd", "--lr", "0", "--precision", "fp32"]
+    one = train(recipe, tmp_path / "one", *flags)
+    two = train(recipe, tmp_path / "two", "--gpus", "2", *flags)
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-3)
+    assert distance(momentum(tmp_path / "two", 3), momentum(tmp_path / "one", 3)) < 0.1
+
+
 def test_resume_on_cuda(recipe, tmp_path):
     out = tmp_path / "run"
     train(recipe, out, "--stop-after", "4")
