@@ -13,7 +13,8 @@ from data.views import ViewConfig
 from eval.classifiers import Classifier, accuracy
 from eval.trained import FrozenEncoder
 from training.all_gather import all_gather
-from training.loop import learning_rate, peak_rate
+from training.loop import peak_rate
+from training.method import learning_rate
 
 
 @dataclass

@@ -52,3 +52,6 @@ class OnlineProbe(Method):
 
     def after_step(self, progress):
         return self.method.after_step(progress)
+
+    def learning_rate(self, *step):
+        return self.method.learning_rate(*step)

@@ -28,7 +28,7 @@ from byol.byol import BYOL
 from core import files as module
 from training import stopping
 from training.checkpoints import Checkpoints
-from training.loop import learning_rate
+from training.method import learning_rate
 from training.resume import newest_valid
 
 faults = pytest.mark.faults

@@ -96,10 +96,10 @@ MUTATIONS = {
         "method.after_step(progress); applied = precision.step(optimizer)", f"{GOLDEN}"),
     # schedules
     "cosine over a wrong total": (
-        "training/loop.py", "(step - warmup) / (total - warmup)", "(step - warmup) / total",
+        "training/method.py", "(step - warmup) / (total - warmup)", "(step - warmup) / total",
         f"{PLAN}"),
     "a first step above rate 0": (
-        "training/loop.py", "peak * step / warmup", "peak * (step + 1) / warmup", f"{PLAN}"),
+        "training/method.py", "peak * step / warmup", "peak * (step + 1) / warmup", f"{PLAN}"),
     "Adam's rate scaled by the batch": (
         "training/loop.py", 'return lr if optimizer == "adamw" else lr', "return lr",
         f"{PLAN} -k except_for_adam"),

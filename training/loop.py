@@ -1,9 +1,5 @@
-"""The training loop as a generator, its schedules and its precision.
+"""The training loop as a generator over steps, and its precision."""
 
-Schedules are pure functions of the step index k = 0 .. K-1 of attempted steps.
-"""
-
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,13 +17,6 @@ FORWARD = 3  # number of this stream of random numbers; the loader uses 1 and 2
 def warmup_steps(warmup_epochs: float, steps_per_epoch: int, total: int) -> int:
     """Length of the warm-up in steps, at most half of all steps."""
     return min(round(warmup_epochs * steps_per_epoch), total // 2)
-
-
-def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
-    """Linear from 0 to `peak` over `warmup` steps, then cosine towards 0 at `total` (Sec. 3.3)."""
-    if step < warmup:
-        return peak * step / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def peak_rate(optimizer: str, lr: float, batch_size: int) -> float:
@@ -153,7 +142,7 @@ def train_steps(
     A step that the gradient scaler skips only advances the index.
     """
     for k in range(start, min(stop or total, total)):
-        lr = learning_rate(peak, k, warmup, total)
+        lr = unwrap(model).learning_rate(peak, k, warmup, total)
         for group in optimizer.param_groups:
             group["lr"] = peak if group.get("constant") else lr
         loss, logs, applied = train_step(model, loader, optimizer, precision, k, progress=k / total)

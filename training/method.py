@@ -3,6 +3,7 @@
 The loop, checkpoints and evaluation use a method only through it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,13 @@ from core.options import option
 
 __all__ = ["Method", "option"]
 KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+
+
+def learning_rate(peak: float, step: int, warmup: int, total: int) -> float:
+    """Linear from 0 to `peak` over `warmup` steps, then cosine towards 0 at `total` (Sec. 3.3)."""
+    if step < warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 class Method(nn.Module):
@@ -58,6 +66,9 @@ class Method(nn.Module):
     def after_step(self, progress: float) -> dict[str, float]:
         """Called after each applied optimizer step k of K with progress = k/K; returns logs."""
         return {}
+
+    # of an attempted step 0 .. total-1; a class may define its own, with self as first argument
+    learning_rate = staticmethod(learning_rate)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Optimizer groups; one with "constant": True has the peak learning rate at every step."""

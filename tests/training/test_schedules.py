@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from training.loop import learning_rate, peak_rate, warmup_steps
+from training.loop import peak_rate, warmup_steps
+from training.method import learning_rate
 
 
 def test_rate_at_the_landmarks():

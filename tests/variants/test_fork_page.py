@@ -19,7 +19,7 @@ import linear_eval
 import train_byol
 from byol.byol import BYOL, regression_loss
 from data import datasets
-from training import loop, session
+from training import session
 from training.encoder import ENCODERS, Encoder
 from variants.simsiam import SimSiam
 
@@ -183,10 +183,16 @@ def test_an_augmentation_is_a_table(sample, recipe, tmp_path):
     assert (saved["size"], saved["hue"], saved["blur_p"]) == (12, 0.3, 0.1)
 
 
-def test_a_schedule_is_a_function_of_the_step(sample, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "learning_rate", lambda peak, step, warmup, total: peak / (1 + step))
+class InverseRate(BYOL):
+    def learning_rate(self, peak, step, warmup, total):
+        return peak / (1 + step)
+
+
+@pytest.mark.parametrize("flag", [[], ["--online-probe"]])
+def test_a_schedule_is_a_function_of_the_step(sample, recipe, tmp_path, flag):
     out = str(tmp_path / "run")
-    train_byol.main(argv=["--recipe", recipe, "--out", out, "--steps", "3", "--quiet"])
+    flags = ["--recipe", recipe, "--out", out, "--steps", "3", "--quiet", *flag]
+    train_byol.main(InverseRate, flags)
     assert [row["lr"] for row in metrics(out)] == pytest.approx([1e-3, 1e-3 / 2, 1e-3 / 3])
 
 
