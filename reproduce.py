@@ -394,8 +394,9 @@ def notes(table: Table, rows: list[dict], runs: list[Path]) -> list[str]:
 
 def processor(device: torch.device) -> str:
     """The GPU's name, or the CPU's as far as the system tells it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
+    name = getattr(torch.get_device_module(device), "get_device_name", None)  # cuda, xpu
+    if name:
+        return name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -7,13 +7,29 @@ from torch import Tensor
 from core.errors import UserError
 
 CPU = torch.device("cpu")
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}  # on other devices a run has one process
 
 
 def pick_device(device: str) -> str:
-    """The device's name; auto is cuda if torch finds a GPU, else cpu."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    """The device's name; auto is cuda if torch finds a GPU, else cpu.
+
+    UserError unless it is the CPU or what torch.accelerator has here: cuda, mps, xpu, ...
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in device:
+        raise UserError(f"--device {device}: takes no number; set CUDA_VISIBLE_DEVICES instead")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
+    if device not in here.split(" or "):
+        raise UserError(f"--device {device}: torch finds no such device here; use {here}")
+    return device
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Channels-last on CPU and CUDA, contiguous on other devices."""
+    # on mps, batch norm's gradients were wrong in channels-last (pytorch/pytorch issue 175189)
+    return torch.channels_last if device.type in BACKENDS else torch.contiguous_format
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -27,5 +43,5 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def fits_on(device: torch.device, size: int) -> bool:
-    """Whether `size` bytes fit in half of a GPU's free memory; False for a CPU."""
+    """Whether `size` bytes fit in half of a CUDA GPU's free memory; False on other devices."""
     return device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]

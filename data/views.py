@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.device import to_device
+from core.device import memory_format, to_device
 from core.errors import UserError
 from core.options import option
 
@@ -288,6 +288,6 @@ def solarize(x: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std for each channel, in channels-last memory; overwrites x."""
+    """(x - mean) / std for each channel, in the device's memory format; overwrites x."""
     x = x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=memory_format(x.device))

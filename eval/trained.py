@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.device import pick_device
+from core.device import memory_format, pick_device
 from core.errors import UserError, one_line_errors, printable
 from core.options import Config, Parser, make_config, option, options_of
 from data import datasets
@@ -44,7 +44,8 @@ def from_weights(weights: Weights, source: str, device: str) -> tuple[nn.Module,
     if config.arch not in ENCODERS:
         raise UserError(f"{source}: made with --arch {config.arch}, which this code does not have")
     encoder = weights.encoder(config, source).eval().requires_grad_(False)
-    encoder.to(pick_device(device), memory_format=torch.channels_last)
+    device = torch.device(pick_device(device))
+    encoder.to(device, memory_format=memory_format(device))
     missing = TORCHVISION
     if "crop_size" in weights.meta:  # our own file: without a `frame` in it, nothing is cropped
         missing = {k: TORCHVISION[k] for k in ("mean", "std")}
@@ -60,7 +61,7 @@ class FrozenEncoder:
     processes: Processes = SINGLE
 
     def __post_init__(self) -> None:
-        self.encoder.to(self.processes.device, memory_format=torch.channels_last)
+        self.encoder.to(self.processes.device, memory_format=memory_format(self.processes.device))
 
     def __call__(self, images: Images) -> Tensor:
         return extract(self.encoder, images, self.transform, self.processes)
@@ -145,7 +146,7 @@ def parser(description: str, device: bool = True) -> Parser:
     arguments = Parser(description)
     arguments.add_argument("--ckpt", required=True, metavar="RUN", help="run folder or file")
     if device:
-        arguments.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+        arguments.add_argument("--device", default="auto", type=pick_device, help="as in training")
     return arguments
 
 

@@ -151,6 +151,13 @@ MUTATIONS = {
     "float64 in the log of a device": (
         "training/run_folder.py", "v.double() if v.is_cpu else v.float()", "v.double()",
         f"{FAKE} -k byol"),
+    "channels-last memory on mps": (
+        "core/device.py", "torch.channels_last if device.type in BACKENDS",
+        "torch.channels_last if True",
+        f"{FAKE} -k without_cuda"),
+    "fp16 on any device": (
+        "training/loop.py", 'device.type not in ("cpu", "mps")', "False",
+        "tests/training/test_precision.py -k nothing_was_tried"),
     # augmentation
     "one draw for the whole batch": (
         "data/views.py", "drawn[name] = rng.random(count) <",

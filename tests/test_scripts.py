@@ -503,6 +503,12 @@ WRONG = {
         "--dataset folder --data-root nowhere --device cuda",
         "--device cuda",
     ),
+    "an unknown device, before the data": (
+        PRETRAIN,
+        "--dataset folder --data-root nowhere --device warp",
+        "--device warp",
+    ),
+    "a numbered device": (PRETRAIN, "--device cuda:1", "CUDA_VISIBLE_DEVICES"),
     "more gpus than there are": (PRETRAIN, "--device cuda --gpus 99", "cuda"),
     "more labels than there are": (LABELLED, "--labels 500", "--labels 500"),
     "labels that are no multiple": (LABELLED, "--labels 15", "multiple of 10"),

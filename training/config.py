@@ -14,7 +14,7 @@ class RunConfig:
     resume = ""
 
     out: str = running("", "run folder (default: a name in runs/, or in that of --ckpt)")
-    device: str = running("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    device: str = running("auto", "cpu, cuda, mps, xpu ..., auto: cuda if there is one, else cpu")
     gpus: int = running(1, "processes on this machine, one per GPU", low=1)
     threads: int = running(0, "CPU threads per process (0: cores / processes)", low=0, high=1024)
     dist_timeout: float = running(600, "seconds to wait for another process", low=1, high=10**6)
@@ -46,7 +46,7 @@ class LoopRun(RunConfig):
     save_every: int = running(1000, "steps between checkpoints (0: only the last)", low=0)
     keep: int = running(2, "checkpoints kept", low=2)
     check_every: int = running(
-        0, "check for stop requests and NaNs every N steps (0: 1 on CPU, 20 on CUDA)", low=0
+        0, "check for stop requests and NaNs every N steps (0: 1 on CPU, else 20)", low=0
     )
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core.device import CPU, pick_device
+from core.device import BACKENDS, CPU, memory_format, pick_device
 from core.errors import launched
 
 
@@ -55,7 +55,7 @@ def start(device: str, threads: int, timeout: float, quiet=False) -> Processes:
             # torchrun's store survives a restart: without a prefix for each attempt, a process
             # could read the address of one that has died
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = BACKENDS[device.type]
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
@@ -82,7 +82,7 @@ def wrap(method: nn.Module, processes: Processes, batch_norm: str, compiled=Fals
     if compiled:
         torch.compiler.reset()  # graphs of earlier runs count towards dynamo's limit of eight
         method.compile(dynamic=False)  # all batches of a run have one shape: one graph
-    method.to(processes.device, memory_format=torch.channels_last)
+    method.to(processes.device, memory_format=memory_format(processes.device))
     if processes.world_size == 1:
         return method
     names = inspect.signature(DistributedDataParallel.__init__).parameters  # torch 2.13 renamed one

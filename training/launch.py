@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from core.device import pick_device
+from core.device import BACKENDS, pick_device
 from core.errors import LAUNCHER, UserError, launched
 from training.stopping import handle, hangup_ignored
 
@@ -40,7 +40,10 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
     So both `python X --gpus 4` and `torchrun X --gpus 4`, which starts one process, start four.
     """
     started = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
-    if pick_device(device) == "cuda" and gpus > torch.cuda.device_count():
+    kind = pick_device(device)
+    if kind not in BACKENDS and (gpus > 1 or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise UserError(f"--device {kind}: runs in one process; leave out --gpus and torchrun")
+    if kind == "cuda" and gpus > torch.cuda.device_count():
         raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
     if gpus in (1, started):
         return

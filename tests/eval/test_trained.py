@@ -43,6 +43,15 @@ def test_predictions_on_files_score_what_the_evaluation_measured(trained_run, pi
         assert next(iter(line["probabilities"])) == line["class"]
 
 
+@pytest.mark.parametrize("device", ["warp", "cuda:1"])
+def test_a_device_that_is_not_there_is_one_line_before_the_weights(capsys, device):
+    for main in (predict.main, retrieve.main):
+        images = ["a.png"] if main is predict.main else ["--query", "a.png", "--gallery", "b"]
+        with pytest.raises(SystemExit):
+            main(["--ckpt", "nowhere", "--device", device, *images])
+        assert capsys.readouterr().err.startswith(f"error: --device {device}: ")
+
+
 @pytest.mark.parametrize("kind", ["mlp", "finetune"])
 def test_other_classifiers_score_what_was_measured(
     sample, trained_run, pictures, subset, tmp_path, kind

@@ -318,6 +318,23 @@ def test_L3_more_gpus_than_there_are(exec_, monkeypatch):
     assert exec_ == []
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_L3_other_devices_than_cpu_and_cuda_take_one_process(exec_, monkeypatch, kind):
+    here = torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: here)
+    relaunch_if_needed(1, kind, ARGUMENTS)
+    with pytest.raises(UserError, match=f"--device {kind}: .* one process.*--gpus"):
+        relaunch_if_needed(2, kind, ARGUMENTS)
+    launched(monkeypatch, 1)
+    relaunch_if_needed(1, kind, ARGUMENTS)
+    assert distributed.start(kind, 1, 60) == distributed.Processes(0, 1, here)
+    for workers in ({}, {"LOCAL_WORLD_SIZE": "1"}):  # two on one machine; one on each of two
+        launched(monkeypatch, 2, **workers)
+        with pytest.raises(UserError, match=f"--device {kind}: .* one process.*torchrun"):
+            relaunch_if_needed(1, kind, ARGUMENTS)
+    assert exec_ == []
+
+
 def threads(setting: int):
     distributed.start("cpu", setting, 60)
     return torch.get_num_threads()

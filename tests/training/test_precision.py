@@ -27,6 +27,21 @@ def test_auto_on_cuda_is_fp16_before_ampere(monkeypatch, capability, expected):
             pick_precision("bf16", CUDA)
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+@pytest.mark.filterwarnings("error")  # torch's: that it disables autocast
+def test_auto_is_fp32_where_nothing_was_tried_and_others_are_refused_or_used(monkeypatch, kind):
+    monkeypatch.setattr(module, "cpu_has_bf16", lambda: True)
+    device = torch.device(kind)
+    assert pick_precision("auto", device) == "fp32"
+    for name in ("fp32", "bf16", "fp16") if kind == "mps" else ("fp32", "bf16"):
+        assert pick_precision(name, device) == name
+        with Precision(name, device).autocast():
+            assert torch.is_autocast_enabled(kind) == (name != "fp32")
+    if kind == "xpu":
+        with pytest.raises(UserError, match="--precision fp16: .* xpu .*bf16"):
+            pick_precision("fp16", device)
+
+
 @pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16),
                                          ("fp16", torch.float16)])  # fmt: skip
 def test_autocast_has_the_type(name, dtype):
