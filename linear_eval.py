@@ -19,9 +19,9 @@ from core.options import as_dict, option, parse
 from data import datasets
 from data.labelled import Split, each_fold, evaluation
 from eval.augmented import AugmentedConfig, fit_augmented
-from eval.classifiers import LinearConfig, MLPConfig, fit
-from eval.knn import knn_top1
-from eval.protocols import of_head, over_folds, record
+from eval.classifiers import LinearConfig, MLPConfig, accuracy, fit, scores
+from eval.knn import knn
+from eval.protocols import in_words, of_head, over_folds, record
 from eval.trained import (
     CkptConfig,
     Features,
@@ -103,11 +103,10 @@ def run(config: Config, processes: Processes) -> dict:
             if classifier and not config.folds:
                 save_classifier(out / "classifier.pt", config, frozen, classifier, data.class_names)
             write_json(out / "result.json", result)
-    spread = f" ± {result['top1_std']:.2f} over {len(splits)} folds" if config.folds else ""
     chosen = f", {result['chosen']}" if result.get("chosen") else ""
     say(
         processes,
-        f"{out}: top-1 {result['top1']:.2f} %{spread} on {result['test_images']:,} "
+        f"{out}: {in_words(result)} on {result['test_images']:,} "
         f"{result['measured_on']} images with {result['labels']:,} labels "
         f"({name}{chosen}), {result['seconds']:.0f} s\n"
         f"next: python finetune.py --ckpt {shlex.quote(config.ckpt)}",
@@ -135,18 +134,19 @@ def evaluate(config, frozen: FrozenEncoder, features: Features, split: Split):
     classes = len(split.train.class_names)
     test, truth = features(split.test), torch.from_numpy(split.test.labels)
     if config.head == "knn":
-        data = features(split.train), torch.from_numpy(split.train.labels), test, truth
+        data = features(split.train), torch.from_numpy(split.train.labels), test
         few, usual, many = (min(k, len(split.train)) for k in (5, 20, 200))
-        metrics = {f"cosine_{k}nn": round(knn_top1(*data, k=k), 4) for k in (few, usual, many)}
-        metrics[f"euclidean_{few}nn"] = round(knn_top1(*data, k=few, euclidean=True), 4)
-        return {"top1": metrics[f"cosine_{usual}nn"], **metrics}, None
+        votes = {f"cosine_{k}nn": knn(*data, k=k) for k in (few, usual, many)}
+        votes[f"euclidean_{few}nn"] = knn(*data, k=few, euclidean=True)
+        metrics = {name: round(accuracy(v, truth), 4) for name, v in votes.items()}
+        return scores(votes[f"cosine_{usual}nn"], truth) | metrics, None
     if config.protocol == "augmented":
         crop, seed = config.data.crop_size, config.run.seed
         classifier = fit_augmented(frozen, split.train, config.augmented, crop, seed)
     else:
         x, y = features(split.train), split.train.labels
         classifier = fit(config.head, x, y, classes, config.linear, config.mlp, config.run.seed)
-    metrics = {"top1": classifier.top1(test, truth), "chosen": classifier.chosen}
+    metrics = scores(classifier(test), truth) | {"chosen": classifier.chosen}
     if config.protocol == "augmented":
         metrics |= {"trials": classifier.trials, "settings": asdict(config.augmented)}
     return metrics, classifier

@@ -62,6 +62,14 @@ def accuracy(logits: Tensor, labels) -> float:
     return 100 * (logits.argmax(1) == torch.as_tensor(labels)).double().mean().item()
 
 
+def scores(logits: Tensor, labels) -> dict[str, float]:
+    """{"top1", "mean_per_class"} in percent: `accuracy`, also averaged over the classes."""
+    labels = torch.as_tensor(labels)
+    within = [accuracy(logits[labels == c], c) for c in labels.unique()]
+    mean = sum(within) / len(within)
+    return {"top1": round(accuracy(logits, labels), 4), "mean_per_class": round(mean, 4)}
+
+
 def fit(head: str, features: Tensor, labels: np.ndarray, classes: int, linear, mlp, seed: int):
     """Fit a Classifier to features (N, D); `head` is "linear" or "mlp"."""
     labels = torch.from_numpy(labels)

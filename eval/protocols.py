@@ -71,7 +71,7 @@ def over_folds(results: list[dict]) -> dict:
     top1 = [r["top1"] for r in results]
     shared = {k: v for k, v in results[0].items() if k not in PER_FOLD}
     for key in shared:
-        if key.endswith("nn"):  # top-1 of another k-NN classifier, such as cosine_200nn
+        if key == "mean_per_class" or key.endswith("nn"):  # another k-NN's top-1: cosine_200nn
             shared[key] = round(mean(r[key] for r in results), 4)
     return {
         **shared,
@@ -82,3 +82,14 @@ def over_folds(results: list[dict]) -> dict:
         "chosen_in_folds": [r.get("chosen", r.get("lr")) for r in results],
         "seconds": round(sum(r.get("seconds", 0) for r in results), 1),
     }
+
+
+def in_words(result: dict) -> str:
+    """Top-1 with its spread over folds, and mean_per_class where the two numbers differ."""
+    text = f"top-1 {result['top1']:.2f} %"
+    if "folds" in result:
+        text += f" ± {result['top1_std']:.2f} over {len(result['folds'])} folds"
+    per_class = result.get("mean_per_class", result["top1"])  # older results lack it
+    if round(per_class, 2) != round(result["top1"], 2):
+        text += f" (mean per class {per_class:.2f} %)"
+    return text

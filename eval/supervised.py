@@ -15,9 +15,9 @@ from core.options import as_dict, option
 from data import datasets
 from data.labelled import Split, each_fold, evaluation
 from data.loader import Loader
-from eval.classifiers import accuracy
+from eval.classifiers import scores
 from eval.features import extract
-from eval.protocols import over_folds, record
+from eval.protocols import in_words, over_folds, record
 from training.config import TrainRun
 from training.distributed import Processes, barrier
 from training.encoder import EncoderConfig
@@ -90,8 +90,7 @@ def train_all(config: Config, job: Job) -> dict:
     result = over_folds(results)
     if job.processes.main:
         write_json(out / "result.json", result)
-    text = f"{out}: top-1 {result['top1']:.2f} % ± {result['top1_std']:.2f} over 10 folds"
-    say(job.processes, text)
+    say(job.processes, f"{out}: {in_words(result)}")
     return result
 
 
@@ -178,12 +177,12 @@ def train(config: Config, job: Job, split: Split, watch: Watch, trials: list = (
             session.log(step)
             session.save_if_due(step)
         features = extract(method.encoder, split.test.images, transform, processes)
-        top1 = accuracy(method.head.cpu()(features), split.test.labels)
-        result = result_of(config, job, split, session, top1, trials)
+        logits = method.head.cpu()(features)
+        result = result_of(config, job, split, session, logits, trials)
         session.finish(result, lambda: classifier_of(session, classes))
     say(
         processes,
-        f"{out}: top-1 {top1:.2f} % on {len(split.test):,} {config.data.evaluate_on} images with "
+        f"{out}: {in_words(result)} on {len(split.test):,} {config.data.evaluate_on} images with "
         f"{len(split.train):,} labels, {result['seconds']:.0f} s\n"
         f"next: tensorboard --logdir {shlex.quote(str(out))}",
     )
@@ -196,11 +195,12 @@ def classifier_of(session: Session, classes: list[str]) -> dict:
     return network | {"meta": session.meta, "classes": classes}
 
 
-def result_of(config, job: Job, split: Split, session: Session, top1: float, trials: list) -> dict:
+def result_of(config, job: Job, split: Split, session: Session, logits, trials: list) -> dict:
     """The content of result.json."""
     o = config.optim
     more = {"init": config.encoder.init, "optimizer": o.optimizer, "lr": o.lr}
     more |= {"steps": session.total, **job.more, "seconds": round(session.seconds, 1)}
     more |= {"trials": trials} if trials else {}
+    more |= scores(logits, split.test.labels)
     protocol = "network-sweep" if trials else "network"
-    return record(protocol, session.method.name, config, split, top1, **more)
+    return record(protocol, session.method.name, config, split, **more)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, distance, metrics, momentum, state_of, trained
+from sklearn.metrics import balanced_accuracy_score
 
 import finetune
 import linear_eval
@@ -24,6 +25,7 @@ from data import datasets
 from eval import online, supervised
 from eval.features import extract
 from eval.protocols import PROTOCOLS
+from eval.trained import load_classifier
 from variants.simsiam import SimSiam
 
 ROOT = Path(train_byol.__file__).parent
@@ -373,6 +375,41 @@ def test_folds_are_ten_results_and_their_mean(run, folds, recipe, tmp_path, scri
     assert result["top1_std"] == pytest.approx(np.std(result["folds"], ddof=1), abs=1e-3)
     assert (result["fold"], result["labels"], result["test_images"]) == ("all", 20, 100)
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+
+
+@pytest.fixture
+def unequal(sample, monkeypatch) -> datasets.Dataset:
+    """The sample with one test image of class 0, two of class 1, and so on."""
+    rows = [np.flatnonzero(sample.test_labels == c)[: c + 1] for c in range(10)]
+    rows = np.concatenate(rows)
+    few = dict(test=sample.test.subset(rows), test_labels=sample.test_labels[rows])
+    unequal = dataclasses.replace(sample, **few)
+    monkeypatch.setattr(datasets, "load", lambda config: unequal)
+    return unequal
+
+
+HEADS = ["--head linear", "--head mlp --mlp.steps 20", "--head knn", "--protocol augmented"]
+
+
+@pytest.mark.parametrize("flags", [*HEADS, "finetune", "baseline"])
+def test_the_mean_per_class_is_that_of_the_test_images(
+    run, unequal, recipe, tmp_path, capsys, flags
+):
+    out, script = tmp_path / "out", {"finetune": finetune, "baseline": train_baseline}.get(flags)
+    words = ["--out", str(out), *CPU[:-1]]
+    words += ["--recipe", recipe] if flags == "baseline" else ["--ckpt", str(run)]
+    words += flags.split() if script is None else ["--steps", "10"]
+    if flags.endswith("augmented"):
+        words += "--augmented.epochs 2 --augmented.rates 0.4".split()
+    result = (script or linear_eval).main(words)
+    if flags == "--head knn":  # writes no classifier
+        assert result["mean_per_class"] != result["top1"]
+    else:
+        frozen, classifier, _ = load_classifier(str(out), "cpu")
+        guess = classifier(frozen(unequal.test)).argmax(1)
+        expected = 100 * balanced_accuracy_score(unequal.test_labels, guess)
+        assert result["mean_per_class"] == pytest.approx(expected, abs=1e-4)
+    assert f"(mean per class {result['mean_per_class']:.2f} %) on 55" in capsys.readouterr().out
 
 
 def test_results_are_measured_on_what_they_say(run, recipe):

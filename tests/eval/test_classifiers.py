@@ -1,9 +1,12 @@
 """Logistic regression against scikit-learn; folds; the MLP."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 
 from data import datasets
 from data.labelled import stratified_folds
@@ -18,6 +21,7 @@ from eval.classifiers import (
     logistic_regression,
     mean_and_std,
     row_span,
+    scores,
 )
 from eval.features import extract
 from training.encoder import Encoder
@@ -176,6 +180,21 @@ def test_the_mlp_is_a_function_of_its_seed_and_leaves_the_generator_alone():
     first, again, other = (fit_mlp(features, labels, 4, config, s)(features) for s in (3, 3, 4))
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("classes", [3, 12])  # of twelve, some don't occur among the labels
+def test_mean_per_class_is_scikit_learns_balanced_accuracy(classes):
+    rng = np.random.default_rng(classes)
+    labels = rng.choice(10, 200, p=np.arange(1, 11) / 55) % classes
+    logits = torch.from_numpy(rng.normal(size=(200, classes)) + np.eye(classes)[labels])
+    guess = logits.argmax(1).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # predictions of classes that don't occur
+        expected = 100 * balanced_accuracy_score(labels, guess)
+    measured = scores(logits, labels)
+    assert measured["mean_per_class"] == pytest.approx(expected, abs=1e-4)
+    assert measured["top1"] == pytest.approx(100 * np.mean(guess == labels), abs=1e-4)
+    assert abs(measured["top1"] - expected) > 0.1
 
 
 def test_accuracy_is_in_percent():

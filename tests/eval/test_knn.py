@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from eval.knn import knn_top1
+from eval.knn import knn, knn_top1
 
 
 def clusters(count=300, size=6, seed=0):
@@ -29,6 +29,17 @@ def test_cosine_is_scikit_learns(k, temperature):
     theirs = KNeighborsClassifier(k, **votes).fit(x[:200], labels[:200])
     found = knn_top1(*halves(x, labels), k=k, temperature=temperature, block=33)
     assert found == pytest.approx(100 * theirs.score(x[200:], labels[200:]))
+    guess = knn(*halves(x, labels)[:3], k=k, temperature=temperature, block=33).argmax(1)
+    assert np.array_equal(guess, theirs.predict(x[200:]))
+
+
+def test_a_class_that_no_neighbor_has_is_a_mistake():
+    x, labels = clusters()
+    bank, bank_labels, queries, truth = halves(x, labels)
+    few = bank_labels < 3
+    assert knn(bank[few], bank_labels[few], queries).shape == (100, 3)
+    found = knn_top1(bank[few], bank_labels[few], queries, truth)
+    assert 0 < found <= 100 * float((truth < 3).float().mean())
 
 
 @pytest.mark.parametrize("k", [1, 5, 200])
