@@ -14,7 +14,7 @@ class RunConfig:
     resume = ""
 
     out: str = running("", "run folder (default: a name in runs/, or in that of --ckpt)")
-    device: str = running("auto", "cpu, cuda, mps, xpu ..., auto: cuda if there is one, else cpu")
+    device: str = running("auto", "cpu, cuda, mps, xpu ...; auto: cuda if there is one, else cpu")
     gpus: int = running(1, "processes on this machine, one per GPU", low=1)
     threads: int = running(0, "CPU threads per process (0: cores / processes)", low=0, high=1024)
     dist_timeout: float = running(600, "seconds to wait for another process", low=1, high=10**6)
