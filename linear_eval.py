@@ -104,12 +104,13 @@ def run(config: Config, processes: Processes) -> dict:
                 save_classifier(out / "classifier.pt", config, frozen, classifier, data.class_names)
             write_json(out / "result.json", result)
     chosen = f", {result['chosen']}" if result.get("chosen") else ""
+    labels = f" --labels {config.data.labels}" if config.data.labels else ""
     say(
         processes,
         f"{out}: {in_words(result)} on {result['test_images']:,} "
         f"{result['measured_on']} images with {result['labels']:,} labels "
         f"({name}{chosen}), {result['seconds']:.0f} s\n"
-        f"next: python finetune.py --ckpt {shlex.quote(config.ckpt)}",
+        f"next: python finetune.py --ckpt {shlex.quote(config.ckpt)}{labels}",
     )
     return result
 

@@ -24,6 +24,7 @@ def extract(
     batches = torch.arange(len(images)).split(BATCH)
     for rows in batches[processes.rank :: processes.world_size]:
         x = transform(images.take(rows.numpy(), device))
-        features[rows] = encoder(x).float()
+        # a slice: an index tensor would make CUDA wait
+        features[rows[0] : rows[-1] + 1] = encoder(x).float()
     encoder.train(was_training)
     return sum_over_ranks(features).cpu()
