@@ -10,7 +10,11 @@ from core.errors import UserError
 from core.options import option, running
 from data.images import Images
 
-NAMES = ("stl10", "cifar10", "folder", "sample")
+PUBLISHED = (  # those in data/published.py
+    "cifar10 cifar100 mnist fashion_mnist kmnist svhn imagenette flowers102 oxford_iiit_pet "
+    "food101 dtd fgvc_aircraft"
+).split()
+NAMES = ("stl10", "folder", "sample", *PUBLISHED)  # the first three have a module each
 
 
 @dataclass
@@ -19,13 +23,13 @@ class DataConfig:
 
     dataset: str = option("stl10", "data set", choices=NAMES)
     data_root: str = running("datasets", "folder of the data (--dataset folder: train/, test/)")
-    download: bool = running(False, "download stl10 or cifar10 if missing")
+    download: bool = running(False, "download the data set if missing")
     crop_size: int = option(96, "side of the views, pixels", low=8)
-    store_size: int = option(160, "--dataset folder: side of the packed images, pixels", low=8)
+    store_size: int = option(160, "image files: side of the packed squares, pixels", low=8)
     eval_size: int = option(
         0, "short side before the crop (0: up to 96 pixels whole, else 8/7 of --crop-size)", low=0
     )
-    strict: bool = running(False, "--dataset folder: stop at unreadable images")
+    strict: bool = running(False, "image files: stop at unreadable ones")
 
 
 @dataclass
@@ -97,4 +101,4 @@ def load(data: DataConfig) -> Dataset:
 
 
 def _module(name: str):
-    return importlib.import_module(f"data.{name}")
+    return importlib.import_module(f"data.{'published' if name in PUBLISHED else name}")

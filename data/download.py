@@ -1,12 +1,10 @@
-"""Download, check and unpack the official archive of a data set."""
+"""Download a data set: whole or not at all, by one of several processes."""
 
-import os
 import shutil
 import socket
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
-
-from torchvision.datasets.utils import download_url
 
 from core.errors import UserError
 from core.files import locked
@@ -14,41 +12,36 @@ from core.files import locked
 TIMEOUT = 30  # seconds without a byte
 
 
-def fetch(folder: Path, url: str, md5: str, download: bool) -> None:
-    """Download the archive at `url` and unpack `folder` from it, unless that exists.
+def fetch(
+    root: Path, names: list[str], get: Callable[[Path], object], download: bool, by_hand: str
+) -> None:
+    """Have `get` make the files or folders `names` in `root`, unless all of them exist.
 
-    download   whether the user allows it
-    UserError with the commands to do it by hand if it fails; nothing is left behind then.
+    get       downloads to the folder that it is called with, and checks what it has downloaded
+    by_hand   how to do without it, for error messages
+    UserError if it fails; nothing is left behind then.
     """
-    by_hand = f"fetch {url} yourself and run: tar -xzf FILE -C {folder.parent}"
-    if folder.is_dir():
+    missing = [name for name in names if not (root / name).exists()]
+    if not missing:
         return
     if not download:
-        raise UserError(f"--data-root: no folder {folder}; add --download, or {by_hand}")
-    with locked(folder.parent / f".{folder.name}.lock"):
-        if folder.is_dir():  # made by another process in the meantime
+        raise UserError(f"--data-root {root}: no {missing[0]} there; add --download, or {by_hand}")
+    with locked(root / f".{names[0]}.lock"):
+        if all((root / name).exists() for name in names):  # made by another process in the meantime
             return
-        partial = folder.with_name(f".{folder.name}.partial")
+        partial = root / f".{names[0]}.partial"
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait forever
+        # torchvision sets no filter: before Python 3.14, a path could lead out of the folder
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
         try:
-            _download(partial, url, md5)
-            os.rename(partial / folder.name, folder)
-        except OSError as error:
-            raise UserError(f"--download: {error}; try again, or {by_hand}") from error
+            get(partial)
+            for name in names:
+                (partial / name).replace(root / name)
+        except Exception as error:  # urllib, torchvision and tarfile raise many kinds
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"--download: {reason}; try again, or {by_hand}") from error
         finally:
+            socket.setdefaulttimeout(before)
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _download(folder: Path, url: str, md5: str) -> None:
-    """Unpack the archive into `folder`; OSError if it can't be fetched or has another MD5."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait forever
-    try:
-        download_url(url, folder, "archive", md5)
-        with tarfile.open(folder / "archive") as archive:
-            archive.extractall(folder, filter="data")
-    except Exception as error:  # urllib, torchvision and tarfile raise many kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"{url}: {reason}") from error
-    finally:
-        socket.setdefaulttimeout(before)

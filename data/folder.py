@@ -25,12 +25,12 @@ from data.listing import Listing, list_images
 _prepared: dict[tuple[Path, int], Path] = {}
 
 
-def prepare(root: Path, data: DataConfig) -> None:
-    """Pack the images as they are now, unless such a pack exists.
+def prepare(root: Path, data: DataConfig, list_files=list_images) -> None:
+    """Pack the images that `list_files` finds in `root` now, unless such a pack exists.
 
     Images that can't be decoded are left out with a warning; UserError under --strict.
     """
-    listing = list_images(root)
+    listing = list_files(root)
     name = f"{data.store_size}-{listing.state}"
     pack = _find(root, name)
     if pack is None:
@@ -50,11 +50,11 @@ def prepare(root: Path, data: DataConfig) -> None:
     _prepared[root.absolute(), data.store_size] = pack
 
 
-def load(root: Path, data: DataConfig) -> Dataset:
+def load(root: Path, data: DataConfig, list_files=list_images) -> Dataset:
     """Map the images that `prepare` has packed; pack them if it was not called."""
     key = root.absolute(), data.store_size
     if key not in _prepared:
-        prepare(root, data)
+        prepare(root, data, list_files)
     pack = _prepared.pop(key)
     files = _manifest(pack)["files"]
     parts = dict.fromkeys(("train", "train_labels", "unlabelled", "test", "test_labels"))

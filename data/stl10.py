@@ -1,9 +1,11 @@
 """STL-10 (Coates, Ng, Lee 2011), memory-mapped; smaller files of its format are read too."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import STL10
+from torchvision.datasets.utils import download_and_extract_archive
 
 from core.errors import UserError
 from data.datasets import DataConfig, Dataset
@@ -15,7 +17,9 @@ IMAGE = 3 * 96 * 96  # bytes
 
 def prepare(root: Path, data: DataConfig) -> None:
     """Download, check and unpack the archive (2.5 GB) if its folder in `root` is missing."""
-    fetch(root / STL10.base_folder, STL10.url, STL10.tgz_md5, data.download)
+    get = partial(download_and_extract_archive, STL10.url, md5=STL10.tgz_md5)
+    by_hand = f"fetch {STL10.url} yourself and run: tar -xzf FILE -C {root}"
+    fetch(root, [STL10.base_folder], get, data.download, by_hand)
 
 
 def load(root: Path, data: DataConfig) -> Dataset:

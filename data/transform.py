@@ -44,7 +44,7 @@ def warn_enlarged(side: int, stored: int) -> None:
     """Warn once if images with a short side of `stored` pixels are enlarged to `side`."""
     if side > stored:
         text = f"images of {stored} pixels are enlarged to {side}: lower --crop-size"
-        warn_once(f"{text}, or raise --store-size of a folder")
+        warn_once(f"{text}, or raise --store-size of packed ones")
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,10 @@ MUTATIONS = {
         "data/listing.py", "status.st_mtime_ns, status.st_ctime_ns, status.st_ino",
         "status.st_mtime_ns",
         f"{LISTING} -k changed_places"),
+    "validation images of a published set lost": (
+        "data/published.py", 'TRAIN_AND_VAL = [{"split": "train"}, {"split": "val"}]',
+        'TRAIN_AND_VAL = [{"split": "train"}]',
+        "tests/data/test_published.py -k torchvision_reads"),
     "photographs lost for odd EXIF": (
         "data/decode.py",
         "    if (turn := _turn(image)) is not None:\n        image = image.transpose(turn)",

@@ -8,16 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torchvision.datasets.utils as torchvision
 
 from core.errors import UserError
-from data import cifar10, download, stl10
+from data import datasets, download, stl10
 from data.datasets import DataConfig
 
 
 class Server:
     """An archive in place of the official one, and the folder made from it."""
 
-    def __init__(self, path: Path, address: str) -> None:
+    def __init__(self, path: Path, address: str, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
         self.archive, self.root = path / "served.tar.gz", path / "root"
         self.folder = self.root / "set_binary"
         self.url = f"{address}/served.tar.gz"
@@ -32,7 +34,10 @@ class Server:
         self.md5 = hashlib.md5(self.archive.read_bytes()).hexdigest()
 
     def fetch(self) -> None:
-        download.fetch(self.folder, self.url, self.md5, True)
+        for name, value in (("url", self.url), ("tgz_md5", self.md5)):
+            self.patch.setattr(stl10.STL10, name, value)
+        self.patch.setattr(stl10.STL10, "base_folder", self.folder.name)
+        stl10.prepare(self.root, DataConfig(download=True))
 
     def left(self) -> list[str]:
         """What lies below the root, but for the lock."""
@@ -54,23 +59,30 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path) -> Server:
+def server(tmp_path, monkeypatch) -> Server:
     handler = functools.partial(Quiet, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
         threading.Thread(target=web.serve_forever, args=(0.01,)).start()
-        server = Server(tmp_path, f"http://127.0.0.1:{web.server_port}")
+        server = Server(tmp_path, f"http://127.0.0.1:{web.server_port}", monkeypatch)
         server.serve()
         yield server
         web.shutdown()
 
 
-@pytest.mark.parametrize("data_set", [stl10, cifar10])
-def test_D5_without_download_the_error_says_what_to_do(tmp_path, data_set):
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("stl10", ["no stl10_binary there", "tar.gz yourself", "tar -xzf FILE -C {root}"]),
+        ("cifar10", ["no cifar-10-batches-py there", "CIFAR10(DIR, download=True)"]),
+        ("svhn", ["no train_32x32.mat there", "SVHN(DIR, download=True)"]),
+    ],
+)
+def test_D5_without_download_the_error_says_what_to_do(tmp_path, name, words):
     root = tmp_path / "root"
     with pytest.raises(UserError) as caught:
-        data_set.prepare(root, DataConfig())
-    for word in (str(root), "--download", "tar.gz yourself", f"tar -xzf FILE -C {root}"):
-        assert word in str(caught.value)
+        datasets.prepare(DataConfig(dataset=name, data_root=str(root)))
+    for word in (f"--data-root {root}: ", "--download", *words):
+        assert word.format(root=root) in str(caught.value)
     assert not root.exists()
 
 
@@ -133,7 +145,7 @@ def test_D6_after_a_failure_or_a_kill_the_next_start_succeeds(server):
 
 def test_D6_of_two_processes_only_one_downloads(server, monkeypatch):
     entered, release, count = threading.Event(), threading.Event(), []
-    real = download.download_url
+    real = torchvision.download_url
 
     @functools.wraps(real)
     def slow(*arguments):
@@ -142,7 +154,7 @@ def test_D6_of_two_processes_only_one_downloads(server, monkeypatch):
         release.wait(5)
         real(*arguments)
 
-    monkeypatch.setattr(download, "download_url", slow)
+    monkeypatch.setattr(torchvision, "download_url", slow)
     # flock belongs to the open file, so two threads stand in for two processes
     threads = [threading.Thread(target=server.fetch) for _ in range(2)]
     threads[0].start()
