@@ -212,8 +212,10 @@ def inherited_tables(weights: Weights) -> tuple[dict, dict]:
 
 
 def folder_beside(config: CkptConfig, *names: str) -> str:
-    """The default run folder of an evaluation: in that of --ckpt, named by `names` and labels."""
+    """The default run folder of an evaluation: in that of --ckpt, by `names`, data and labels."""
     data, parts = config.data, list(names)
+    if data.dataset != config.weights.config.get("data", {}).get("dataset", data.dataset):
+        parts.append(data.dataset)
     if data.labels:
         parts.append(f"labels{data.labels}-draw{data.draw}")
     if data.fold >= 0:

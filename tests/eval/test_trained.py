@@ -166,6 +166,22 @@ def test_features_come_with_labels_and_the_names_of_their_files(trained_run, min
         torch.testing.assert_close(torch.from_numpy(row), own[0], rtol=1e-4, atol=1e-5)
 
 
+def test_evaluations_on_several_data_sets_stand_side_by_side(sample, trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "linear")
+    for n, name in enumerate(["n01440764", "n02102040"] * 2):
+        path = tmp_path / "imagenette2" / ("train" if n < 2 else "val") / name / "1.JPEG"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (28, 28), ("red", "blue")[n % 2]).save(path)
+    flags = ["--ckpt", str(tmp_path / "run"), "--data-root", str(tmp_path), "--quiet"]
+    linear_eval.main(flags)
+    linear_eval.main([*flags, "--dataset", "imagenette", "--store-size", "28"])
+    files = (tmp_path / "run").glob("*/result.json")
+    results = {path.parent.name: json.loads(path.read_text()) for path in files}
+    assert results["linear-imagenette"]["top1"] == 100.0
+    assert results["linear-imagenette"]["test_images"] == 2 < results["linear"]["test_images"]
+
+
 def test_features_of_a_named_data_set_have_numbers(sample, trained_run, tmp_path):
     out = tmp_path / "features.npz"
     embed.main(["--ckpt", str(trained_run), "--out", str(out), "--quiet"])
