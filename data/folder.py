@@ -1,7 +1,8 @@
 """Your own images: DIR/train/CLASS/*, DIR/test/CLASS/*, DIR/unlabelled/**, or images alone.
 
-All images are decoded once, to uint8 squares of --store-size, and again when a file is added,
-removed or changed.  The pack is in DIR/.byol-pack, or in ./datasets/packs if DIR is read-only.
+Without DIR/test/, DIR/val/CLASS/* are the test images, as in ImageNet's layout.  All images are
+decoded once, to uint8 squares of --store-size, and again when a file is added, removed or changed.
+The pack is in DIR/.byol-pack, or in ./datasets/packs if DIR is read-only.
 """
 
 import hashlib

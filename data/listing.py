@@ -37,9 +37,10 @@ def list_images(root: Path) -> Listing:
     labelled = os.path.lexists(root / "train")
     if not labelled and (root / "test").is_dir():
         raise UserError(f"--data-root {root}: test/ without train/; add train/, or rename test/")
+    test = "test" if os.path.lexists(root / "test") else "val"  # ImageNet has no other
     files, ignored, digest = {}, Counter(), hashlib.sha256(str(FORMAT).encode())
     for path in _walk(root):
-        split, name = _place(path, labelled)
+        split, name = _place(path, labelled, test)
         status = os.stat(f"{root}/{path}")
         if not stat.S_ISREG(status.st_mode):
             continue  # reading a pipe, socket or device might never end
@@ -56,7 +57,7 @@ def list_images(root: Path) -> Listing:
         text = f"no images (ignored: {others}); expected train/CLASS/*, or images without train/"
         raise UserError(f"--data-root {root}: {text}")
     if labelled:
-        _sort_classes(root, files)
+        _sort_classes(root, files, test)
     return Listing(files, others, digest.hexdigest()[:32])
 
 
@@ -104,30 +105,31 @@ def _is_image(path: str) -> bool:
     return Image.registered_extensions().get(_ending(path)) in Image.OPEN
 
 
-def _place(path: str, labelled: bool) -> tuple[str, str]:
-    """Split and class of a file; ("", "") if it is in none."""
+def _place(path: str, labelled: bool, test: str) -> tuple[str, str]:
+    """Split and class of a file; ("", "") if it is in none.  `test`: the folder of test images."""
     split, *rest = path.split("/")
     if not labelled or split in ("unlabelled", "unlabeled"):
         return "unlabelled", ""
-    if split in ("train", "test") and len(rest) > 1:
-        return split, rest[0]
+    if split in ("train", test) and len(rest) > 1:
+        return "train" if split == "train" else "test", rest[0]
     return "", ""
 
 
-def _sort_classes(root: Path, files: dict[str, dict[str, list[str]]]) -> None:
-    """Sort the classes by name, with the same classes in train/ and test/.
+def _sort_classes(root: Path, files: dict[str, dict[str, list[str]]], test: str) -> None:
+    """Sort the classes by name, with the same classes in train/ and in `test`, test/ or val/.
 
-    UserError for a class folder without images, and for a class that only test/ has.
+    UserError for a class folder without images, and for a class that only `test` has.
     """
-    for split in {"train", "test"} & files.keys():
-        for folder in sorted((root / split).iterdir()):
+    places = {"train": "train", "test": test}
+    for split in places.keys() & files.keys():
+        for folder in sorted((root / places[split]).iterdir()):
             if folder.is_dir() and _is_visible(folder.name) and folder.name not in files[split]:
                 name = printable(str(folder))
                 raise UserError(f"{name}: no images in it that Pillow reads; add some or remove it")
-    train, test = files["train"], files.get("test", {})
-    for unknown in test.keys() - train.keys():
-        name = printable(f"{root}/test/{unknown}")
+    train, tested = files["train"], files.get("test", {})
+    for unknown in tested.keys() - train.keys():
+        name = printable(f"{root}/{test}/{unknown}")
         raise UserError(f"{name}: train/ has no images of that class; rename or add it")
     files["train"] = {name: train[name] for name in sorted(train)}
-    if test:
-        files["test"] = {name: test.get(name, []) for name in sorted(train)}
+    if tested:
+        files["test"] = {name: tested.get(name, []) for name in sorted(train)}

@@ -259,6 +259,20 @@ def test_test_images_are_no_pretraining_data(root):
     assert "test/ without train/" in refusal(packed, root)
 
 
+def test_images_in_val_are_test_images_where_there_is_no_test(root):
+    flat(root / "val" / "dog" / "v.png", (70, 0, 200))
+    assert sorted(reds(packed(root).test)) == [60, 61]
+    shutil.rmtree(root / "test")
+    data = packed(root)
+    assert reds(data.test) == [70] and data.test_labels.tolist() == [2]
+    assert data.files["test"] == ["val/dog/v.png"] and len(data.train) == 4
+    (root / "val" / "cat").mkdir()
+    assert "val/cat: no images in it" in refusal(packed, root)
+    (root / "val" / "cat").rename(root / "val" / "eel")
+    flat(root / "val" / "eel" / "1.png", 5)
+    assert "val/eel: train/ has no images of that class" in refusal(packed, root)
+
+
 @pytest.mark.parametrize("name", ["train/eel", "test/cat"])
 def test_a_class_folder_without_images_is_one_line(root, name):
     (root / name).mkdir()
