@@ -81,11 +81,10 @@ def run(config: Config, processes: Processes) -> dict:
     encoder, transform = from_config(config, splits[0].train.images)  # by EvalTransform.of
     frozen = FrozenEncoder(encoder, transform, processes)
     name = of_head(config.head, config.linear.strength, config.protocol)
-    e = config.encoder
     say(
         processes,
-        f"{name} on frozen {e.arch} (stem {e.stem}, width {e.width:g}) of "
-        f"{config.ckpt}\n{config.data.dataset}: {len(splits[0].train):,} labelled images, "
+        f"{name} on frozen {config.encoder} of {config.ckpt}\n"
+        f"{config.data.dataset}: {len(splits[0].train):,} labelled images, "
         f"{len(splits[0].test):,} {config.data.evaluate_on} images; {transform}",
     )
     features = Features(frozen, data if config.folds else None)
@@ -117,8 +116,7 @@ def run(config: Config, processes: Processes) -> dict:
 
 def save_classifier(path: Path, config, frozen: FrozenEncoder, classifier, classes) -> None:
     """Write classifier.pt: encoder, head, feature statistics and class names."""
-    e = config.encoder
-    meta = config.weights.meta | dict(arch=e.arch, stem=e.stem, width=e.width)
+    meta = config.weights.meta | config.encoder.shape
     content = {
         "encoder": portable(frozen.encoder),
         "meta": meta | frozen.transform.meta(),

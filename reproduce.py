@@ -40,7 +40,7 @@ from core.options import make_config, option, options_of, parse, with_method
 from data import datasets
 from data.images import Images
 from data.labelled import Split, evaluation
-from data.transform import eval_sizes, frame
+from data.transform import frame
 from eval import supervised
 from eval.classifiers import LinearConfig, MLPConfig, fit
 from eval.knn import knn_top1
@@ -50,7 +50,7 @@ from eval.trained import Features, FrozenEncoder, load
 from training.command import execute
 from training.config import TableRun
 from training.distributed import Processes, barrier
-from training.encoder import EncoderConfig, NewEncoderConfig, fetch
+from training.encoder import EncoderConfig, NewEncoderConfig, check_sizes, fetch
 from training.method import Method
 from training.optimizers import OptimConfig
 from training.run_folder import git_commit, read_metrics, say
@@ -161,7 +161,7 @@ class Table:
         batch = max(s.optim.batch_size for s in pretraining_settings(self.config))
         if batch > len(images):
             raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
-        eval_sizes(self.config.data, images.shape)
+        check_sizes(*starting_point(self, "random", 0), [self.config.data.crop_size])
 
     def split(self, labels: int, draw: int) -> Split:
         """The labelled images of one draw, and the images to measure on."""

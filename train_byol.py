@@ -130,6 +130,7 @@ def train(session: Session, online: OnlineEval, processes: Processes) -> dict:
             metrics = now
             session.folder.clock += online.seconds  # images_per_second is of training alone
             for text in warnings:
+                text += f"; try a lower --lr (now {session.config.optim.lr:g})"
                 warn(processes, f"step {step.index + 1}: {text}; see docs/evaluation.md")
         session.log(step, **now)
         session.save_if_due(step)

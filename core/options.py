@@ -24,6 +24,7 @@ PLAIN = ("data", "encoder", "optim", "run")
 # All commands read the same recipes: other commands' tables are ignored, unknown ones are errors.
 TABLES = (*PLAIN, *"view1 view2 byol baseline linear mlp augmented finetune reproduce".split())
 VARIANTS = Path(__file__).parent.parent / "variants"
+SHOWN = 20  # choices, at most, that --help and errors list
 REMOVED = {
     "max_steps": "use --steps",
     "replicas_every": "the processes are compared at each save and every 1,000 steps",
@@ -99,7 +100,9 @@ class Option(typing.NamedTuple):
         if not fits or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"{label} = {value!r}: expected {kind.__name__}")
         if choices and value not in choices:
-            raise UserError(f"{label} = {value!r}: expected one of {', '.join(choices)}")
+            names = difflib.get_close_matches(value, choices, SHOWN, 0)  # the nearest first
+            names += ["..."] if len(choices) > SHOWN else []
+            raise UserError(f"{label} = {value!r}: expected one of {', '.join(names)}")
         if kind is str:
             return value
         if low is not None and value < low:
@@ -270,9 +273,9 @@ def _add_flags(group, table: str, table_class: type, defaults) -> None:
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            choices = field.metadata["choices"]
-            keywords["metavar"] = "|".join(choices) if choices else name.upper()
-            keywords |= {"type": kind, "choices": choices}
+            choices = field.metadata["choices"] or ()
+            keywords["metavar"] = "|".join(choices) if 0 < len(choices) <= SHOWN else name.upper()
+            keywords["type"] = kind  # `Option.check` compares it with the choices
             if typing.get_origin(kind) is list:
                 keywords |= {"nargs": "+", "type": typing.get_args(kind)[0]}
             elif bare := field.metadata["bare"]:

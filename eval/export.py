@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core.errors import RunError, UserError
 from core.files import new_file
 from eval.trained import command, from_weights, parser
-from training.weights import read_weights
+from training.weights import load_state, read_weights
 
 TOLERANCE = 1e-4  # largest difference, relative to the largest feature
 
@@ -42,7 +42,7 @@ def to_safetensors(file: Path, network: nn.Module, meta: dict[str, str], images:
 
     _, encoder = network
     save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, file, metadata=meta)
-    encoder.load_state_dict(load_file(file))
+    load_state(encoder, load_file(file), str(file), "the encoder")
     return network(images)
 
 

@@ -22,8 +22,8 @@ from eval.classifiers import Classifier, build_head
 from eval.features import extract
 from training.config import LoopRun
 from training.distributed import SINGLE, Processes
-from training.encoder import ENCODERS, EncoderConfig, ShapeConfig
-from training.weights import TORCHVISION, Weights, load_file, read_weights
+from training.encoder import ENCODERS, EncoderConfig, ShapeConfig, check_sizes
+from training.weights import Weights, load_file, published_inputs, read_weights
 
 
 def load(ckpt: str | Path, device: str = "cpu") -> tuple[nn.Module, EvalTransform]:
@@ -46,9 +46,9 @@ def from_weights(weights: Weights, source: str, device: str) -> tuple[nn.Module,
     encoder = weights.encoder(config, source).eval().requires_grad_(False)
     device = torch.device(pick_device(device))
     encoder.to(device, memory_format=memory_format(device))
-    missing = TORCHVISION
+    missing = published_inputs(EncoderConfig.arch)  # the network that a bare file is read as
     if "crop_size" in weights.meta:  # our own file: without a `frame` in it, nothing is cropped
-        missing = {k: TORCHVISION[k] for k in ("mean", "std")}
+        missing = {k: missing[k] for k in ("mean", "std")}
     return encoder, EvalTransform.from_meta(missing | weights.meta)
 
 
@@ -193,7 +193,9 @@ def from_config(config: CkptConfig, images: Images) -> tuple[nn.Module, EvalTran
     """The encoder of --ckpt, and its EvalTransform for `images` and the data set's flags."""
     encoder = config.weights.encoder(config.encoder, f"--ckpt {config.ckpt}")
     normalization = config.weights.normalization(images)
-    return encoder, EvalTransform.of(config.data, images.shape, *normalization)
+    transform = EvalTransform.of(config.data, images.shape, *normalization)
+    check_sizes(encoder, transform, [config.data.crop_size])
+    return encoder, transform
 
 
 def inherited_tables(weights: Weights) -> tuple[dict, dict]:

@@ -1,20 +1,37 @@
-"""The encoder: a torchvision ResNet without its last layer, its initial weights, encoder.pt."""
+"""The encoder: a torchvision network without its last layer, its initial weights, encoder.pt."""
 
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models import resnet
 
-from core.options import option
+from core.errors import UserError
+from core.options import flag_of, option, options_of
 from training.checkpoints import save_file
 
+# block, blocks of each stage; groups of the 3x3 convolutions and their width, if not 1 and 64
 ARCHS = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
     "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
     "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (resnet.Bottleneck, [3, 8, 36, 3]),
+    "resnext50_32x4d": (resnet.Bottleneck, [3, 4, 6, 3], 32, 4),
+    "resnext101_32x8d": (resnet.Bottleneck, [3, 4, 23, 3], 32, 8),
+    "resnext101_64x4d": (resnet.Bottleneck, [3, 4, 23, 3], 64, 4),
+    "wide_resnet50_2": (resnet.Bottleneck, [3, 4, 6, 3], 1, 128),
+    "wide_resnet101_2": (resnet.Bottleneck, [3, 4, 23, 3], 1, 128),
 }
+# torchvision's other classifiers; the SqueezeNets end in a convolution and are refused
+OTHERS = [name for name in models.list_models(module=models) if name not in ARCHS]
+# those with one image size, by the first word of their names: how another size is set
+IMAGE_SIZE = {"vit": lambda n: {"image_size": n}, "maxvit": lambda n: {"input_size": (n, n)}}
+# those that would return a tuple in train mode; their published weights take inputs in -1 .. 1
+AUXILIARY = ("googlenet", "inception_v3")
 # kernel size, stride and padding of the first convolution; whether torchvision's max-pool follows
 STEMS = {
     "imagenet": (7, 2, 3, True),
@@ -24,36 +41,50 @@ STEMS = {
 }
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that applies only its center tap to maps of 1x1 pixels.
+class CenterTapConv2d(nn.Conv2d):
+    """A convolution that applies only its center tap to maps of 1x1 pixels.
 
     The other taps see only zero padding there.  This is faster (32-pixel images behind the ImageNet
     stem end in such maps) and avoids a bug: in bfloat16 on CPUs, torch 2.10 to 2.14 read
-    uninitialized memory for the weight gradient of a strided convolution of such a map.
+    uninitialized memory for the weight gradient of a strided or large convolution of such a map.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        shape = layer.in_channels, layer.out_channels, 3, layer.stride, 1
-        super().__init__(*shape, bias=False, device="meta")  # draws no random numbers
-        self.weight = layer.weight
+        shape = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
+        more = dict(padding=layer.padding, groups=layer.groups, bias=False)
+        super().__init__(*shape, **more, device="meta")  # draws no random numbers
+        self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] == (1, 1):
-            return nn.functional.conv2d(x, self.weight[:, :, 1:2, 1:2])
+            row, column = self.padding
+            center = self.weight[:, :, row : row + 1, column : column + 1]
+            return nn.functional.conv2d(x, center, self.bias, groups=self.groups)
         return super().forward(x)
 
 
+def use_center_taps(network: nn.Module) -> None:
+    """Replace the convolutions whose output has a center tap, k pixels padded by (k - 1) / 2."""
+    for module in list(network.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Conv2d) and layer.dilation == (1, 1) and any(layer.padding):
+                if layer.kernel_size == tuple(2 * p + 1 for p in layer.padding):
+                    setattr(module, name, CenterTapConv2d(layer))
+
+
 class Encoder(resnet.ResNet):
-    """torchvision's ResNet (v1) without its last layer: (B, 3, H, W) -> (B, feature_size).
+    """torchvision's ResNet without its last layer: (B, 3, H, W) -> (B, feature_size).
 
     Parameter names and initialization are torchvision's.  `width` multiplies all channel counts;
     `zero_init` starts the last batch-norm scale of each block at 0.
     """
 
     def __init__(self, arch="resnet18", stem="imagenet", width=1.0, zero_init=False) -> None:
-        block, layers = ARCHS[arch]
+        block, layers, *groups = ARCHS[arch]
         self.channels = max(1, round(64 * width))
-        super().__init__(block, layers, zero_init_residual=zero_init)
+        if groups and self.channels * groups[1] < 64:  # groups without channels
+            raise UserError(f"--width {width:g}: --arch {arch} needs {1 / groups[1]:g} or more")
+        super().__init__(block, layers, 1000, zero_init, *groups)
         kernel, stride, padding, pool = STEMS[stem]
         self.conv1 = nn.Conv2d(3, self.channels, kernel, stride, padding, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -62,10 +93,7 @@ class Encoder(resnet.ResNet):
             self.maxpool = nn.Identity()
         self.feature_size = 8 * self.channels * block.expansion
         self.fc = nn.Identity()
-        for module in list(self.modules()):
-            for name, layer in list(module.named_children()):
-                if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
-                    setattr(module, name, Conv3x3(layer))
+        use_center_taps(self)
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         # torchvision calls this with 64, 128, 256 and 512 planes; `width` scales them.
@@ -74,22 +102,61 @@ class Encoder(resnet.ResNet):
         return super()._make_layer(block, planes * self.channels // 64, blocks, stride, dilate)
 
 
+def without_last_layer(arch: str, *resnet_options, image_size: int = 0) -> nn.Module:
+    """One of OTHERS without its last layer; UserError if it can't have that image size."""
+    options = dict(aux_logits=False, init_weights=True) if arch in AUXILIARY else {}
+    if image_size:
+        options = IMAGE_SIZE[arch.partition("_")[0]](image_size)
+    try:
+        network = models.get_model(arch, weights=None, **options)
+    except (AssertionError, ValueError) as error:  # how torchvision refuses a size
+        raise UserError(f"--image-size {image_size}: not for --arch {arch} ({error})") from None
+    *_, (name, layer) = network.named_modules()
+    network.set_submodule(name, nn.Identity())
+    use_center_taps(network)
+    network.arch, network.feature_size = arch, layer.in_features
+    return network
+
+
 # name -> function of stem, width and zero_init that returns an encoder.  To add a network, add a
 # line: any nn.Module that maps (B, 3, H, W) to (B, feature_size) and has that size as attribute.
 ENCODERS = {arch: functools.partial(Encoder, arch) for arch in ARCHS}
+ENCODERS |= {arch: functools.partial(without_last_layer, arch) for arch in OTHERS}
 
 
 @dataclass
 class ShapeConfig:
     """[encoder]: architecture of the encoder."""
 
-    arch: str = option("resnet18", "network", choices=ENCODERS)
+    arch: str = option("resnet18", "network, a classifier of torchvision", choices=ENCODERS)
     stem: str = option(
         "imagenet",
         "first layers: imagenet 7x7/2 and max-pool, stl 3x3 and max-pool, cifar 3x3, small 3x3/2",
         choices=STEMS,
     )
     width: float = option(1.0, "multiplies all channel counts", low=1 / 16, high=8)
+    image_size: int = option(0, "vit, maxvit: side of the images (0: torchvision's default)", low=0)
+
+    def check(self, table: str) -> None:
+        """UserError for a network that is no encoder, and for options that it does not have."""
+        if self.arch.startswith("squeezenet"):
+            raise UserError(f"--arch {self.arch}: its last layer is not linear, but a convolution")
+        absent = ["stem", "width", "zero_init"] if self.arch in OTHERS else []
+        if self.arch.partition("_")[0] not in IMAGE_SIZE:
+            absent.append("image_size")
+        for name in absent:
+            value, default = (getattr(x, name, None) for x in (self, type(self)))
+            if value != default:
+                raise UserError(f"--arch {self.arch} needs {flag_of(name)} {default}, not {value}")
+
+    @property
+    def shape(self) -> dict:
+        """The options that set names and shapes of the weights, for a file's metadata."""
+        return {name: getattr(self, name) for name in options_of(ShapeConfig)}
+
+    def __str__(self) -> str:
+        stem = f", stem {self.stem}, width {self.width:g}" if self.arch not in OTHERS else ""
+        return self.arch + stem
 
 
 @dataclass
@@ -108,7 +175,25 @@ class EncoderConfig(NewEncoderConfig):
 
 def build_encoder(config: EncoderConfig) -> nn.Module:
     """The encoder that `config` describes, with random weights."""
-    return ENCODERS[config.arch](config.stem, config.width, config.zero_init)
+    more = {"image_size": config.image_size} if config.image_size else {}
+    return ENCODERS[config.arch](config.stem, config.width, config.zero_init, **more)
+
+
+def check_sizes(encoder: nn.Module, transform, sides=()) -> None:
+    """UserError if one of OTHERS can't take images of these sides in pixels, or of the transform's.
+
+    It runs on the meta device: no arithmetic, no random numbers, no change to the encoder.
+    """
+    if getattr(encoder, "arch", "") not in OTHERS:
+        return
+    state = {name: value.to("meta") for name, value in encoder.state_dict().items()}
+    for side in (*sides, transform.crop or transform.stored):
+        try:
+            torch.func.functional_call(encoder, state, torch.zeros(2, 3, side, side, device="meta"))
+        except Exception as error:  # torch and torchvision raise many types
+            text = f"can't take images of {side} pixels ({' '.join(str(error).split())})"
+            flags = "change --crop-size, --eval-size, --image-size"
+            raise UserError(f"--arch {encoder.arch}: {text}; {flags}") from None
 
 
 def initialize(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:

@@ -10,7 +10,7 @@ from core.files import write_json
 from core.options import as_dict
 from training import distributed
 from training.checkpoints import Checkpoints, save_file
-from training.encoder import save_encoder
+from training.encoder import check_sizes, save_encoder
 from training.loop import Precision, Step, peak_rate, pick_precision, train_steps, warmup_steps
 from training.optimizers import build_optimizer
 from training.run_folder import RunFolder, git_commit, read_metrics, say
@@ -30,6 +30,7 @@ class Session(contextlib.ExitStack):
 
     def __init__(self, config, method, loader, transform, processes, watch=None) -> None:
         super().__init__()
+        check_sizes(method.encoder, transform, [v.size or loader.crop_size for v in loader.views])
         o, run = config.optim, config.run
         self.config, self.method, self.loader, self.processes = config, method, loader, processes
         self.transform, self.watch = transform, watch
@@ -72,8 +73,7 @@ class Session(contextlib.ExitStack):
     @property
     def meta(self) -> dict:
         """The metadata in encoder.pt."""
-        e = self.config.encoder
-        meta = {"arch": e.arch, "stem": e.stem, "width": e.width, "init": e.init}
+        meta = self.config.encoder.shape | {"init": self.config.encoder.init}
         meta |= {"crop_size": self.loader.crop_size, **self.transform.meta()}
         meta |= {"method": self.method.name, "step": self.total, "seed": self.loader.seed}
         return meta | {"commit": git_commit()}
@@ -84,7 +84,7 @@ class Session(contextlib.ExitStack):
         epochs = self.total / self.loader.steps_per_epoch
         trained = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
         text = (
-            f"{e.arch}, stem {e.stem}, width {e.width:g}, init {init}: "
+            f"{e}, init {init}: "
             f"{trained:,} trained parameters\n"
             f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
             f"{o.batch_size} images ({epochs:.3g} epochs), {o.optimizer}, "

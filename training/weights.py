@@ -3,24 +3,20 @@
 import json
 import re
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 from core.errors import UserError
 from core.files import locked, read_json
-from training.encoder import EncoderConfig, build_encoder
+from core.options import flag_of
+from training.encoder import AUXILIARY, IMAGE_SIZE, EncoderConfig, build_encoder
 
 SHAPE = ("arch", "stem", "width")  # in the metadata of every file that this project writes
-# metadata for torchvision's ImageNet weights: how their inputs are made
-TORCHVISION = {
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "frame": [256, 224],
-    "stored": 256,
-}
 # words in the names of networks that are moving averages of another
 AVERAGES = set("momentum target teacher ema k key swa avg average averaged polyak shadow".split())
 
@@ -52,14 +48,13 @@ class Weights:
 
         source   names the file in errors
         """
-        for key in SHAPE:  # tensors of different stems may have equal shapes
-            expected = getattr(config, key)
+        for key, expected in config.shape.items():  # different stems may have equal tensor shapes
             made = self.meta.get(key, expected)
             if made != expected:
-                raise UserError(f"{source}: made with --{key} {made}, not {expected}")
+                raise UserError(f"{source}: made with {flag_of(key)} {made}, not {expected}")
         encoder = build_encoder(config)
-        state = find_network(self.tensors, encoder.state_dict(), source, self.prefix)
-        load_state(encoder, state, source, "--arch, --stem, --width")
+        state = find_network(self.tensors, encoder, source, self.prefix)
+        load_state(encoder, state, source, ", ".join(map(flag_of, config.shape)))
         return encoder
 
 
@@ -141,15 +136,19 @@ def flatten(value, name: str = "") -> dict[str, Tensor]:
 
 
 def find_network(
-    tensors: dict[str, Tensor], expected: dict[str, Tensor], source: str, prefix: str | None
+    tensors: dict[str, Tensor], encoder: nn.Module, source: str, prefix: str | None
 ) -> dict[str, Tensor]:
-    """The state dict among `tensors` that has the names and shapes of `expected`.
+    """The state dict among `tensors` that has the names and shapes of the encoder's.
 
     prefix   the network's name in the file, or a part of it between dots; None: any name
     Moving averages are used only if there is no other network.  If no shapes fit: the network with
     most names in common.  UserError, which names the file by `source`, for none and for several.
     """
+    expected, (*_, (last, layer)) = encoder.state_dict(), encoder.named_modules()
     networks = _candidates(tensors, expected)
+    if isinstance(layer, nn.Identity):  # in place of the classifier's last layer
+        for name, state in networks.items():
+            networks[name] = {k: v for k, v in state.items() if not k.startswith(f"{last}.")}
     if prefix is not None:
         networks = {n: s for n, s in networks.items() if f".{prefix.strip('.')}." in f".{n}."}
     if not networks:
@@ -199,6 +198,7 @@ def _renamed(state: dict, expected: dict, numbered: bool) -> dict[str, Tensor]:
             name = names[child] + key.removeprefix(child)
             if name not in expected:  # the name in pytorch-cifar, SupContrast and lightly
                 name = name.replace(".shortcut.", ".downsample.")
+                name = re.sub(r"\.(norm|conv)\.([12])\.", r".\1\2.", name)  # old DenseNets
             renamed[name] = value
     return renamed
 
@@ -217,6 +217,9 @@ def load_state(module: nn.Module, state: dict, source: str, what: str) -> None:
         dtype = state[name].dtype if name in state else value.dtype
         if value.is_floating_point() and not dtype.is_floating_point:  # torch would convert it
             raise UserError(f"{source}: {name} holds {dtype} values; save it as floating point")
+    state = OrderedDict(state)  # MNASNets refuse to load without the version of their format
+    names = [name for name, part in module.named_modules() if isinstance(part, models.MNASNet)]
+    state._metadata = {name: {"version": models.MNASNet._version} for name in names}
     try:
         module.load_state_dict(state)
     except RuntimeError as error:  # lists all names and shapes that differ
@@ -230,18 +233,33 @@ def load_state(module: nn.Module, state: dict, source: str, what: str) -> None:
 def initial_weights(config: EncoderConfig) -> Weights:
     """The weights that --init names: torchvision's for ImageNet, or a file."""
     if config.init == "imagenet":
-        return replace(read_weights(imagenet_file(config), "--init"), meta=TORCHVISION)
+        weights = read_weights(imagenet_file(config), "--init")
+        return replace(weights, meta=published_inputs(config.arch))
     return read_weights(config.init, "--init")
+
+
+def published(arch: str):
+    """torchvision's first weights for ImageNet: IMAGENET1K_V1 where there is such a version."""
+    return next(iter(models.get_model_weights(arch)))
+
+
+def published_inputs(arch: str) -> dict:
+    """Metadata for the published weights: how their inputs are made."""
+    inputs = published(arch).transforms()
+    (size,), (crop,) = inputs.resize_size, inputs.crop_size
+    meta = {"mean": inputs.mean, "std": inputs.std, "frame": [size, crop], "stored": size}
+    # torchvision's two networks turn their inputs into those of mean and std 0.5
+    return meta | ({"mean": [0.5] * 3, "std": [0.5] * 3} if arch in AUXILIARY else {})
 
 
 def imagenet_file(config: EncoderConfig) -> Path:
     """Path of torchvision's ImageNet weights in torch's cache; one process downloads them."""
-    from torchvision import models
-
-    stem, width = config.stem, config.width
+    arch, stem, width = config.arch, config.stem, config.width
     if stem != "imagenet" or width != 1:
         raise UserError(f"--init imagenet needs --stem imagenet --width 1, not {stem} and {width}")
-    url = models.get_model_weights(config.arch)["IMAGENET1K_V1"].url
+    (side, _), url = published(arch).meta["min_size"], published(arch).url
+    if arch.partition("_")[0] in IMAGE_SIZE and side != (config.image_size or 224):
+        raise UserError(f"--init imagenet: --arch {arch} needs --image-size {side}")
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if path.exists():
         return path

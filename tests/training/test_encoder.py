@@ -5,10 +5,10 @@ import torch
 import torchvision
 from torch import nn
 
-from training.encoder import Encoder
+from training.encoder import ARCHS, CenterTapConv2d, Encoder
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_encoder_has_torchvisions_names_and_shapes(arch):
     with torch.device("meta"):  # shapes alone
         theirs = getattr(torchvision.models, arch)().state_dict()
@@ -66,6 +66,41 @@ def test_no_gradient_of_a_small_map_comes_from_memory_that_nobody_wrote():
     assert all(torch.equal(found, rounded[0]) for found in rounded)
 
 
+SMALL_MAPS = [  # kernel, stride, groups
+    (3, 2, 32),
+    (5, 2, 32),
+    (7, 2, 2),
+    ((1, 7), 2, 1),
+]
+
+
+@pytest.mark.parametrize("kernel, stride, groups", SMALL_MAPS)
+def test_grouped_and_large_convolutions_of_one_pixel(kernel, stride, groups):
+    """Value and gradients of torch's own in float64; in bfloat16 no memory that nobody wrote."""
+    torch.manual_seed(0)
+    padding = tuple(k // 2 for k in (kernel if isinstance(kernel, tuple) else (kernel, kernel)))
+    theirs = nn.Conv2d(32, 32, kernel, stride, padding, groups=groups).double()
+    ours, x = CenterTapConv2d(theirs), torch.randn(64, 32, 1, 1, dtype=torch.float64)
+    results = []
+    for layer in (theirs, ours):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        results.append([layer(x), layer.weight.grad.clone(), layer.bias.grad.clone()])
+    torch.testing.assert_close(*results)
+    ours.float().to(memory_format=torch.channels_last)
+    gradients = []
+    for _ in range(20):
+        for size in (100, 1000, 10000, 100000):
+            torch.full((size,), float("nan"))
+        ours.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ours(x.float())
+        y.float().square().sum().backward()
+        gradients.append(ours.weight.grad.clone())
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    torch.testing.assert_close(gradients[0].double(), results[0][1], rtol=0.1, atol=1)
+
+
 @pytest.mark.parametrize(
     "stem, side", [("imagenet", 24), ("stl", 48), ("cifar", 96), ("small", 48)]
 )
@@ -76,7 +111,10 @@ def test_stems_reduce_as_they_say(stem, side):
     assert seen[0][1:] == (4, side, side)
 
 
-@pytest.mark.parametrize("arch, width, size", [("resnet18", 0.5, 256), ("resnet50", 0.125, 256)])
+@pytest.mark.parametrize(
+    "arch, width, size",
+    [("resnet18", 0.5, 256), ("resnet50", 0.125, 256), ("resnext50_32x4d", 0.25, 512)],
+)
 def test_width_scales_every_channel_count(arch, width, size):
     encoder = Encoder(arch, "cifar", width)
     assert encoder.feature_size == size
