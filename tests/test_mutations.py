@@ -276,6 +276,15 @@ MUTATIONS = {
     "convolutions of one pixel as torch does them": (
         "training/encoder.py", "if x.shape[2:] == (1, 1):", "if False:",
         "tests/training/test_encoder.py -k nobody_wrote"),
+    "a classifier's last layer by its first word": (
+        "training/weights.py", 'k.startswith(f"{last}.")', "k.startswith(last.split('.')[0])",
+        "tests/training/test_networks.py -k last_layer"),
+    "inputs of GoogLeNet as of all others": (
+        "training/weights.py", "if arch in AUXILIARY else {}", "if False else {}",
+        "tests/training/test_networks.py -k init_imagenet"),
+    "sizes tried in evaluation alone": (
+        "training/session.py", "[v.size or loader.crop_size for v in loader.views]", "[]",
+        "tests/training/test_networks.py -k small_crops"),
     # what users bring
     "floats for 16 bits": (
         "data/decode.py", "not (signed or misread or wide or", "not (",

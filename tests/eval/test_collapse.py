@@ -139,6 +139,7 @@ def test_N5_a_total_collapse_is_warned_of_in_plain_words(sample, recipe, tmp_pat
     result = pretrain(recipe, tmp_path / "bad", *COLLAPSE)
     text = capsys.readouterr().err
     assert "all images get nearly the same projection" in text and "warning: step " in text
+    assert text.count("; try a lower --lr (now 0.4); see docs/evaluation.md") == text.count("\n")
     assert len(result["warnings"]) == len(set(result["warnings"])) == text.count("\n")
     result = pretrain(recipe, tmp_path / "good", *RUN)
     assert result["warnings"] == [] and not capsys.readouterr().err

@@ -13,6 +13,7 @@ from torchvision import models
 
 import finetune
 import linear_eval
+import reproduce
 import train_baseline
 import train_byol
 from core.errors import UserError
@@ -172,6 +173,17 @@ def test_a_size_that_does_not_fit_is_one_line_before_training(
     assert stop.value.code == 2 and not out.exists()
     assert f"can't take images of {side} pixels" in text and "--eval-size" in text
     assert all("enlarged" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    "sizes, side", [("--crop-size 32", 28), ("--crop-size 16 --eval-size 32", 16)]
+)
+def test_a_table_says_so_before_any_row(sample, recipe, tmp_path, capsys, sizes, side):
+    out, flags = tmp_path / "table", ["--recipe", recipe, *SHAPE[:4], "--arch", "densenet121"]
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main([*flags, *sizes.split(), "--out", str(out)])
+    assert stop.value.code == 2 and not out.exists()
+    assert f"can't take images of {side} pixels" in capsys.readouterr().err
 
 
 def test_small_crops_of_a_method_are_tried_too(sample, recipe, tmp_path, capsys):
