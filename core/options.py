@@ -274,8 +274,9 @@ def _add_flags(group, table: str, table_class: type, defaults) -> None:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
             choices = field.metadata["choices"] or ()
-            keywords["metavar"] = "|".join(choices) if 0 < len(choices) <= SHOWN else name.upper()
-            keywords["type"] = kind  # `Option.check` compares it with the choices
+            few = choices if 0 < len(choices) <= SHOWN else None  # of many: see `Option.check`
+            keywords["metavar"] = "|".join(few) if few else name.upper()
+            keywords |= {"type": kind, "choices": few}
             if typing.get_origin(kind) is list:
                 keywords |= {"nargs": "+", "type": typing.get_args(kind)[0]}
             elif bare := field.metadata["bare"]:
