@@ -1,4 +1,4 @@
-"""Counts of what a step would start on a GPU, without one: torch's fake tensors run our code.
+"""Counts the kernels that our code would start on a GPU, without one, by torch's fake tensors.
 
 Eager PyTorch needs about 5 microseconds to start a kernel, so on a GPU the count decides how fast
 a small network trains.
@@ -14,33 +14,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# they give memory or say what is in it, and start nothing on the device
+# these give memory or tell what is in it
 FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh"}
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that work on "cuda", as a context.
+    """Context that counts the operations on "cuda", without views.
 
-    kernels   name -> count; views and metadata are left out
-    foreach   the same for operations over lists of tensors, which start one kernel or more each
+    kernels   name -> count; an operation over a list of tensors, "_foreach_...", counts once
     copies    between host and device
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels, self.foreach, self.copies = Counter(), Counter(), 0
+        self.kernels, self.copies = Counter(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name, tensors = function.overloadpacket.__name__, tree_leaves((args, kwargs, result))
         devices = {x.device.type for x in tensors if isinstance(x, torch.Tensor)}
-        if "cuda" not in devices or name in FREE or function.is_view:
-            return result
-        if name.startswith("_foreach"):
-            self.foreach[name] += 1
-        elif name in ("_to_copy", "copy_") and "cpu" in devices:
+        if name in ("_to_copy", "copy_") and devices == {"cpu", "cuda"}:
             self.copies += 1
-        else:
+        elif "cuda" in devices and name not in FREE and not function.is_view:
             self.kernels[name] += 1
         return result
 
@@ -49,7 +44,5 @@ class Launches(TorchDispatchMode):
 def count_launches() -> Iterator[Launches]:
     """Context in which "cuda" need not exist; counts what runs there, on data from the CPU."""
     no_pinning = mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    autocast = mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, no_pinning, autocast, Launches() as launches:
+    with FakeTensorMode(allow_non_fake_inputs=True), no_pinning, Launches() as launches:
         yield launches

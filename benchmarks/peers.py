@@ -1,15 +1,13 @@
 """The same work by lightly: `python -m benchmarks.peers`, after benchmarks/requirements.txt.
 
-lightly's side follows its published BYOL example: its heads, transform, loss and moving average,
-SGD, a DataLoader; images come from memory as PIL images.  It runs as it stands, and with bf16
-autocast and channels-last memory, the two lines that most users would add.  Network, batch and
-images are the same on both sides, each in a process of its own on the CPU.  Prints JSON, as
-benchmarks.throughput does, and takes the same flags.
+lightly's side is its published BYOL example: its heads, transform, loss and moving average, SGD, a
+DataLoader; images come from memory.  It runs as published, and with bf16 autocast and channels-last
+memory, the two lines that most users would add.  Network, batch and images are the same on both
+sides.  Prints JSON and takes flags as benchmarks.throughput does.
 """
 
 import copy
 import functools
-import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,48 +15,44 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.models.utils import update_momentum
 from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, RandomSampler, default_collate
 
-from benchmarks.throughput import Rows, alternate, build, main, random_pixels, train
+from benchmarks.throughput import alternate, main, random_pixels, start_training, train
 from train_byol import configure
 from training.encoder import build_encoder
 
 
 def make_views(transform: Callable, images: list[Image.Image]) -> list[torch.Tensor]:
-    """A batch of each view: what a data set and lightly's transform give to a DataLoader."""
+    """A batch of each view, as a DataLoader makes it of a data set with this transform."""
     return default_collate([transform(image) for image in images])
 
 
-def peer(flags: str, workers: int, tuned: bool) -> Iterator[None]:
+@functools.cache  # one iterator in each process
+def train_lightly(setting: str, workers: int, tuned: bool) -> Iterator[None]:
     """BYOL out of lightly's building blocks: a step for each `next`."""
-    torch.manual_seed(0)
-    config = configure(flags.split())
+    config = configure(setting.split())
     size, encoder = config.data.crop_size, build_encoder(config.encoder)
-    online = nn.Sequential(encoder, BYOLProjectionHead(encoder.feature_size, 1024, 256))
-    target = copy.deepcopy(online)
-    deactivate_requires_grad(target)
-    predictor = BYOLPredictionHead(256, 1024, 256)
-    learner = nn.Sequential(online, predictor)
     layout = torch.channels_last if tuned else torch.contiguous_format
-    learner.to(memory_format=layout)
-    target.to(memory_format=layout)
+    online = nn.Sequential(encoder, BYOLProjectionHead(encoder.feature_size, 1024, 256))
+    online.to(memory_format=layout)
+    target = copy.deepcopy(online).requires_grad_(False)
+    predictor = BYOLPredictionHead(256, 1024, 256)
     criterion = NegativeCosineSimilarity()
-    optimizer = torch.optim.SGD(learner.parameters(), lr=0.06)
+    optimizer = torch.optim.SGD([*online.parameters(), *predictor.parameters()], lr=0.06)
     views = BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size)
+    images = [Image.fromarray(pixels) for pixels in random_pixels(size).transpose(0, 2, 3, 1)]
     loader = DataLoader(
-        [Image.fromarray(pixels) for pixels in random_pixels(size).transpose(0, 2, 3, 1)],
+        images,
         config.optim.batch_size,
-        shuffle=True,
-        drop_last=True,
+        sampler=RandomSampler(images, replacement=True, num_samples=10**9),
         num_workers=workers,
-        persistent_workers=workers > 0,
         collate_fn=functools.partial(make_views, BYOLTransform(*views)),
     )
-    for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+    for batch in loader:
         update_momentum(online, target, m=0.99)
         x0, x1 = (x.contiguous(memory_format=layout) for x in batch)
         with torch.autocast("cpu", torch.bfloat16, enabled=tuned):
@@ -71,35 +65,28 @@ def peer(flags: str, workers: int, tuned: bool) -> Iterator[None]:
         yield
 
 
-def ours(flags: str) -> Iterator[None]:
-    """Our training: a step for each `next`."""
-    return train(build(flags))
+def step(*side) -> None:
+    """A step of lightly's side, in its process."""
+    next(train_lightly(*side))
 
 
-side = functools.cache(lambda make, *arguments: make(*arguments))  # once in a process
-
-
-def work(make: Callable[..., Iterator], *arguments) -> None:
-    """In a side's process: a step; the first call makes the side."""
-    next(side(make, *arguments))
-
-
-def apart(make: Callable[..., Iterator], *arguments) -> Iterator[None]:
-    """A side in a process of its own, as a user runs it."""
+def in_process(*side) -> Iterator[None]:
+    """lightly's training in a process of its own: its workers would slow down those in theirs."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         while True:
-            yield pool.submit(work, make, *arguments).result()
+            yield pool.submit(step, *side).result()
 
 
-def rows(flags: str, steps: int, rounds: int) -> Rows:
-    """Ours against lightly as it stands and against the tuned one, by workers."""
-    flags += " --device cpu"
-    sides = {"ours": apart(ours, flags)}
-    for workers in (0, 1, 2):
-        sides[f"lightly, {workers} workers"] = apart(peer, flags, workers, False)
-        sides[f"lightly bf16, {workers} workers"] = apart(peer, flags, workers, True)
-    return alternate(sides, configure(flags.split()).optim.batch_size, steps, rounds)
+def measure(setting: str, rounds: int) -> None:
+    """Print our rate and lightly's: as published and tuned, each with 0, 1 and 2 workers."""
+    setting += " --device cpu"
+    with start_training(setting) as session:
+        sides = {"training": train(session)}
+        for workers in (0, 1, 2):
+            sides[f"lightly, {workers} workers"] = in_process(setting, workers, False)
+            sides[f"lightly bf16, {workers} workers"] = in_process(setting, workers, True)
+        alternate(sides, session.loader.batch_size, rounds)
 
 
 if __name__ == "__main__":
-    main(__doc__, rows)
+    main(__doc__, measure)

@@ -175,4 +175,3 @@ def test_views_start_few_kernels_and_few_copies(accumulate):
         list(of_gpu.batches(0))
     assert 100 * accumulate < sum(launches.kernels.values()) <= 180 * accumulate
     assert launches.copies == 3 * accumulate  # pixels, numbers, labels
-    assert not launches.foreach
