@@ -95,8 +95,10 @@ def alternate(sides: dict[str, Iterator], batch_size: int, rounds: int) -> None:
     for name, seconds in times.items():
         ratios = [b / a for a, b in zip(first, seconds, strict=True)]
         rate = 1 / median(seconds)
-        row = {"row": name, "images/s": batch_size * rate, "steps/s": rate, "ratio": median(ratios)}
-        print(json.dumps(row | {"lowest": min(ratios), "highest": max(ratios)}), flush=True)
+        row = {"images/s": batch_size * rate, "steps/s": rate, "ratio": median(ratios)}
+        row |= {"lowest": min(ratios), "highest": max(ratios)}
+        row = {key: float(f"{number:.4g}") for key, number in row.items()}
+        print(json.dumps({"row": name} | row), flush=True)
 
 
 def count_kernels(session: Session) -> dict[str, int]:
@@ -137,7 +139,9 @@ def measure(setting: str, rounds: int) -> None:
         kernels = {"profiled": profile(training)} if on_gpu else count_kernels(session)
         print(json.dumps({"row": "kernels of a step"} | kernels), flush=True)
         seconds = time_start(session.folder.out)
-        print(json.dumps({"row": "first step after typing", "seconds": seconds}), flush=True)
+        print(
+            json.dumps({"row": "first step after typing", "seconds": round(seconds, 2)}), flush=True
+        )
 
 
 def main(description: str, measure: Callable[[str, int], None]) -> None:
