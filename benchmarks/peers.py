@@ -8,9 +8,7 @@ sides.  Prints JSON and takes flags as benchmarks.throughput does.
 
 import copy
 import functools
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from lightly.loss import NegativeCosineSimilarity
@@ -31,7 +29,6 @@ def make_views(transform: Callable, images: list[Image.Image]) -> list[torch.Ten
     return default_collate([transform(image) for image in images])
 
 
-@functools.cache  # one iterator in each process
 def train_lightly(setting: str, workers: int, tuned: bool) -> Iterator[None]:
     """BYOL out of lightly's building blocks: a step for each `next`."""
     config = configure(setting.split())
@@ -65,26 +62,14 @@ def train_lightly(setting: str, workers: int, tuned: bool) -> Iterator[None]:
         yield
 
 
-def step(*side) -> None:
-    """A step of lightly's side, in its process."""
-    next(train_lightly(*side))
-
-
-def in_process(*side) -> Iterator[None]:
-    """lightly's training in a process of its own: its workers would slow down those in theirs."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        while True:
-            yield pool.submit(step, *side).result()
-
-
 def measure(setting: str, rounds: int) -> None:
     """Print our rate and lightly's: as published and tuned, each with 0, 1 and 2 workers."""
     setting += " --device cpu"
     with start_training(setting) as session:
         sides = {"training": train(session)}
         for workers in (0, 1, 2):
-            sides[f"lightly, {workers} workers"] = in_process(setting, workers, False)
-            sides[f"lightly bf16, {workers} workers"] = in_process(setting, workers, True)
+            sides[f"lightly, {workers} workers"] = train_lightly(setting, workers, False)
+            sides[f"lightly bf16, {workers} workers"] = train_lightly(setting, workers, True)
         alternate(sides, session.loader.batch_size, rounds)
 
 
