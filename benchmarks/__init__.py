@@ -1,1 +1,1 @@
-"""Timings and counts: throughput, peers, launches; gpu runs what needs a GPU.  Not tests."""
+"""Speed: throughput, also against lightly; gpu runs all that needs a GPU.  Not tests."""

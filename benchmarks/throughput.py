@@ -2,15 +2,16 @@
 
 Prints a line of JSON for training, for the bare step of the same network (fixed views, no log, no
 checks), and for the views alone.  They run in turn, A B A B; `ratio` is training's rate through the
-line's rate, and on a shared machine only ratios mean something.  Then the number of kernels that a
-step starts on a GPU, and the seconds from typing a command to its first step.
+line's rate, and on a shared machine only ratios mean something.  Then, on a GPU, the kernels that a
+step starts, and the seconds from typing a command to its first step.
+With --lightly, the other lines are lightly's published BYOL example on the same network, batch size
+and images, on the CPU; `pip install -r benchmarks/requirements.txt` first.
 Flags of train_byol.py, such as `--crop-size 32 --compile`, replace the usual settings.
 """
 
 import argparse
-import contextlib
 import copy
-import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -22,15 +23,19 @@ from statistics import median
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader, default_collate
+from torchvision.transforms.functional import to_pil_image
 
 import train_byol
-from benchmarks.launches import count_launches
 from byol.byol import BYOL
 from data.images import Images
 from data.loader import Loader
 from reproduce import processor
 from training.distributed import start
+from training.encoder import build_encoder
+from training.run_folder import git_commit
 from training.session import Session
 from training.stopping import Watch
 
@@ -38,24 +43,17 @@ FLAGS = "--optimizer sgd --byol.hidden 1024 --steps 100000 --quiet"
 SETTINGS = ["--crop-size 96 --batch-size 64", "--crop-size 32 --batch-size 128 --stem small"]
 
 
-def random_pixels(size: int) -> np.ndarray:
-    """1,024 images as uint8 (1024, 3, size, size), the same at each call."""
-    return np.random.default_rng(0).integers(0, 256, (1024, 3, size, size), np.uint8)
-
-
-@contextlib.contextmanager
-def start_training(setting: str) -> Iterator[Session]:
-    """Context with a run of train_byol.py on random images; prints machine and setting."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = train_byol.configure(f"{FLAGS} --out {folder}/run {setting}".split())
-        run, images = config.run, Images([random_pixels(config.data.crop_size)])
-        processes = start(run.device, run.threads, run.dist_timeout, quiet=True)
-        print(f"{processor(processes.device)}, torch {torch.__version__}: {setting}", flush=True)
-        encoder, transform = train_byol.start(config.encoder, config.data, images, seed=0)
-        method, views = BYOL(encoder, config.method), (config.view1, config.view2)
-        loader = Loader.of(config, images, None, views, transform, processes)
-        with Session(config, method, loader, transform, processes, Watch(processes)) as session:
-            yield session
+def start_training(setting: str, out: str) -> Session:
+    """A run of train_byol.py on 1,024 random images."""
+    config = train_byol.configure(f"{FLAGS} --out {out} {setting}".split())
+    run, size = config.run, config.data.crop_size
+    rng = np.random.default_rng(0)
+    images = Images([rng.integers(0, 256, (1024, 3, size, size), np.uint8)])
+    processes = start(run.device, run.threads, run.dist_timeout, quiet=True)
+    encoder, transform = train_byol.start(config.encoder, config.data, images, seed=0)
+    method, views = BYOL(encoder, config.method), (config.view1, config.view2)
+    loader = Loader.of(config, images, None, views, transform, processes)
+    return Session(config, method, loader, transform, processes, Watch(processes))
 
 
 def train(session: Session) -> Iterator[None]:
@@ -80,6 +78,47 @@ def train_bare(session: Session) -> Iterator[None]:
         yield
 
 
+def make_views(transform: Callable, images: list) -> list[torch.Tensor]:
+    """A batch of each view, as a DataLoader makes it of a data set with this transform."""
+    return default_collate([transform(image) for image in images])
+
+
+def train_lightly(session: Session, workers: int, tuned: bool) -> Iterator[None]:
+    """lightly's example, with its views, heads, loss and moving average: a step for each `next`.
+
+    tuned   with bf16 autocast and channels-last memory, the two lines that most users would add
+    """
+    from lightly.loss import NegativeCosineSimilarity  # not in requirements.txt
+    from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+    from lightly.models.utils import update_momentum
+    from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+
+    size, batch_size = session.loader.crop_size, session.loader.batch_size
+    images = [to_pil_image(pixels) for pixels in session.loader.images.take(np.arange(1024))]
+    views = BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size)
+    collate = functools.partial(make_views, BYOLTransform(*views))
+    loader = DataLoader(images * 1000, batch_size, num_workers=workers, collate_fn=collate)
+    layout = torch.channels_last if tuned else torch.contiguous_format
+    encoder = build_encoder(session.config.encoder)
+    online = nn.Sequential(encoder, BYOLProjectionHead(encoder.feature_size, 1024, 256))
+    online.to(memory_format=layout)
+    target = copy.deepcopy(online).requires_grad_(False)
+    predictor = BYOLPredictionHead(256, 1024, 256)
+    criterion = NegativeCosineSimilarity()
+    optimizer = torch.optim.SGD([*online.parameters(), *predictor.parameters()], lr=0.06)
+    for batch in loader:
+        update_momentum(online, target, m=0.99)
+        x0, x1 = (x.contiguous(memory_format=layout) for x in batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=tuned):
+            p0, p1 = (predictor(online(x)) for x in (x0, x1))
+            z0, z1 = (target(x).detach() for x in (x0, x1))
+            loss = 0.5 * (criterion(p0, z1) + criterion(p1, z0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
 def alternate(sides: dict[str, Iterator], batch_size: int, rounds: int) -> None:
     """Print the median rate of each side, and the ratios of the first side's rates to its rates.
 
@@ -96,19 +135,13 @@ def alternate(sides: dict[str, Iterator], batch_size: int, rounds: int) -> None:
         ratios = [b / a for a, b in zip(first, seconds, strict=True)]
         rate = 1 / median(seconds)
         row = {"images/s": batch_size * rate, "steps/s": rate, "ratio": median(ratios)}
-        row |= {"lowest": min(ratios), "highest": max(ratios)}
-        row = {key: float(f"{number:.4g}") for key, number in row.items()}
-        print(json.dumps({"row": name} | row), flush=True)
+        show(name, row | {"lowest": min(ratios), "highest": max(ratios)})
 
 
-def count_kernels(session: Session) -> dict[str, int]:
-    """How many kernels a GPU would start for the views, and for the forward pass in float32."""
-    method, cuda = copy.deepcopy(session.method), torch.device("cuda")
-    with count_launches() as launches:
-        views, _ = next(dataclasses.replace(session.loader, device=cuda).batches(0))
-        of_views = launches.kernels.total()
-        method.to_empty(device=cuda)(*views)
-    return {"views": of_views, "forward": launches.kernels.total() - of_views}
+def show(name: str, numbers: dict[str, float]) -> None:
+    """Print a line of JSON, each number to four digits."""
+    rounded = {key: float(f"{number:.4g}") for key, number in numbers.items()}
+    print(json.dumps({"row": name} | rounded), flush=True)
 
 
 def profile(training: Iterator) -> int:
@@ -128,30 +161,42 @@ def time_start(folder: str) -> float:
     return os.path.getmtime(f"{folder}/first/metrics.jsonl") - begun
 
 
-def measure(setting: str, rounds: int) -> None:
-    """Print the rows of one setting."""
-    with start_training(setting) as session:
-        loader, training = session.loader, train(session)
-        views = (next(loader.batches(step)) for step in range(10**6))
-        sides = {"training": training, "bare step": train_bare(session), "views": views}
-        alternate(sides, loader.batch_size, rounds)
-        on_gpu = torch.cuda.is_available()
-        kernels = {"profiled": profile(training)} if on_gpu else count_kernels(session)
-        print(json.dumps({"row": "kernels of a step"} | kernels), flush=True)
-        seconds = time_start(session.folder.out)
-        print(
-            json.dumps({"row": "first step after typing", "seconds": round(seconds, 2)}), flush=True
-        )
+def measure(session: Session, rounds: int) -> None:
+    """Print the lines of one setting."""
+    training, loader = train(session), session.loader
+    views = (next(loader.batches(step)) for step in range(10**6))
+    sides = {"training": training, "bare step": train_bare(session), "views": views}
+    alternate(sides, loader.batch_size, rounds)
+    if torch.cuda.is_available():
+        show("kernels of a step", {"kernels": profile(training)})
+    show("first step after typing", {"seconds": time_start(session.folder.out)})
 
 
-def main(description: str, measure: Callable[[str, int], None]) -> None:
-    """Call `measure` with each setting, which are flags of train_byol.py, and --rounds."""
-    parser = argparse.ArgumentParser(description=description)
+def measure_lightly(session: Session, rounds: int) -> None:
+    """Print our rate and lightly's: as published and tuned, each with 0, 1 and 2 workers."""
+    sides = {"training": train(session)}
+    for workers in (0, 1, 2):
+        sides[f"lightly, {workers} workers"] = train_lightly(session, workers, False)
+        sides[f"lightly bf16, {workers} workers"] = train_lightly(session, workers, True)
+    alternate(sides, session.loader.batch_size, rounds)
+
+
+def main() -> None:
+    """Measure each setting, after a line that names machine and commit."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of each side, in turn [5]")
+    parser.add_argument("--lightly", action="store_true", help="compare with lightly")
     args, flags = parser.parse_known_args()
     for setting in [" ".join(flags)] if flags else SETTINGS:
-        measure(setting, args.rounds)
+        if args.lightly:
+            setting += " --device cpu"
+        with tempfile.TemporaryDirectory() as out, start_training(setting, f"{out}/run") as session:
+            machine = processor(session.processes.device)
+            about = {"machine": machine, "torch": torch.__version__, "commit": git_commit()}
+            print(json.dumps(about | {"setting": setting}), flush=True)
+            run = measure_lightly if args.lightly else measure
+            run(session, args.rounds)
 
 
 if __name__ == "__main__":
-    main(__doc__, measure)
+    main()

@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from kernel_count import count_launches
 
-from benchmarks.launches import count_launches
 from core.errors import UserError
 from data.images import Images
 from data.loader import Loader, generator
@@ -175,3 +175,4 @@ def test_views_start_few_kernels_and_few_copies(accumulate):
         list(of_gpu.batches(0))
     assert 100 * accumulate < sum(launches.kernels.values()) <= 180 * accumulate
     assert launches.copies == 3 * accumulate  # pixels, numbers, labels
+    assert not launches.foreach

@@ -21,21 +21,26 @@ FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "detach",
 class Launches(TorchDispatchMode):
     """Context that counts the operations on "cuda", without views.
 
-    kernels   name -> count; an operation over a list of tensors, "_foreach_...", counts once
+    kernels   name -> count
+    foreach   the same for operations over lists of tensors, which start one kernel or more each
     copies    between host and device
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels, self.copies = Counter(), 0
+        self.kernels, self.foreach, self.copies = Counter(), Counter(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name, tensors = function.overloadpacket.__name__, tree_leaves((args, kwargs, result))
         devices = {x.device.type for x in tensors if isinstance(x, torch.Tensor)}
-        if name in ("_to_copy", "copy_") and devices == {"cpu", "cuda"}:
+        if "cuda" not in devices or name in FREE or function.is_view:
+            return result
+        if name in ("_to_copy", "copy_") and "cpu" in devices:
             self.copies += 1
-        elif "cuda" in devices and name not in FREE and not function.is_view:
+        elif name.startswith("_foreach"):
+            self.foreach[name] += 1
+        else:
             self.kernels[name] += 1
         return result
 
