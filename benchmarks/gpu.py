@@ -9,6 +9,7 @@ pieces are skipped, a training resumes.
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import os
 import signal
@@ -21,7 +22,6 @@ from pathlib import Path
 from core.files import read_json, read_json_lines, write_json
 
 LIMIT = 9 * 60  # seconds for a piece
-RESERVE = 3 * 60  # seconds for the evaluations after a training
 SIZES = ["--crop-size 96", "--crop-size 32 --stem cifar"]
 BATCHES = ["--batch-size 256", "--batch-size 1024"]
 MODES = ["", "--compile", "--data-on-device never"]
@@ -57,11 +57,10 @@ def run_piece(out: Path, name: str, *command) -> dict:
 def end(process: subprocess.Popen) -> int:
     """The exit code of a process; if it still runs, SIGTERM ends it, at which a training saves."""
     process.terminate()
-    try:
-        return process.wait(60)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(60)
+    process.kill()
+    return process.wait()
 
 
 def write_results(out: Path, pieces: dict) -> None:
@@ -105,14 +104,17 @@ def run_all(out: Path, data: Path, settings: list[str], minutes: float, more: li
     trainings = {"cifar10": ["--recipe", "recipes/cifar10_gpu.toml", *folder, *more]}
     if (data / "stl10_binary").is_dir():
         trainings["stl10"] = ["--recipe", "recipes/stl10.toml", *more]
-    done = [run_piece(out, "tests", "-m", "pytest", "-m", "gpu", "tests/test_gpu.py")]
+    tests = ["tests/test_gpu.py", "tests/data/test_loader.py", "tests/test_fake_devices.py"]
+    done = []
+    if importlib.util.find_spec("pytest"):  # -rP prints the counts of kernels under fake tensors
+        done.append(run_piece(out, "tests", "-m", "pytest", "-rP", "-k", "gpu or kernels", *tests))
     for number, flags in enumerate(settings, 1):
         done.append(run_piece(out, f"speed{number}", *measure, *flags.split(), *more))
     rates = {}
     for name, flags in trainings.items():
         rates[name] = run_piece(out, f"{name}-speed", *measure, *flags)
     spent = sum(piece["seconds"] for piece in [*done, *rates.values()])
-    seconds = min(15 * 60, (60 * minutes - spent) / len(trainings) - RESERVE)
+    seconds = min(15 * 60, (60 * minutes - spent) / len(trainings) - 180)  # 180 to evaluate
     for name, flags in trainings.items():
         if rates[name]["code"] == 0:
             rate = ChainMap(*rates[name]["rows"])["steps/s"]

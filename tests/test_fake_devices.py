@@ -351,5 +351,6 @@ def test_kernels_of_a_whole_step(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train_step", counted)
     method = make(BYOL, Encoder("resnet18", "imagenet", 1 / 16))
     train(tmp_path, "cuda", method, "lars", views=(ViewConfig(), View2Config()))
+    print("kernels of a step:", counts[-1].kernels.total(), counts[-1].foreach.total())
     assert counts[-1].kernels.total() <= 950 and counts[-1].foreach.total() <= 12
     assert counts[-1].copies == 2  # pixels and numbers

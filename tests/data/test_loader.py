@@ -173,6 +173,7 @@ def test_views_start_few_kernels_and_few_copies(accumulate):
                         labels=np.arange(512), device=torch.device("cuda"))  # fmt: skip
         launches.copies = 0  # of mean and std, once a run
         list(of_gpu.batches(0))
-    assert 100 * accumulate < sum(launches.kernels.values()) <= 180 * accumulate
+    print("kernels of the views:", launches.kernels.total(), "copies:", launches.copies)
+    assert 100 * accumulate < launches.kernels.total() <= 180 * accumulate
     assert launches.copies == 3 * accumulate  # pixels, numbers, labels
     assert not launches.foreach
