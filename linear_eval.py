@@ -78,7 +78,7 @@ def run(config: Config, processes: Processes) -> dict:
     out, started = Path(config.run.out), time.perf_counter()
     data = datasets.load(config.data)
     splits = [evaluation(data, d) for d in each_fold(config.data, config.folds)]
-    encoder, transform = from_config(config, splits[0].train.images)  # by EvalTransform.of
+    encoder, transform = from_config(config, splits[0].train.images)  # crop: data/transform.py
     frozen = FrozenEncoder(encoder, transform, processes)
     name = of_head(config.head, config.linear.strength, config.protocol)
     say(

@@ -11,18 +11,16 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}  # on other devices a run has one pro
 
 
 def pick_device(device: str) -> str:
-    """The device's name; auto is cuda if torch finds a GPU, else cpu.
-
-    UserError unless it is the CPU or what torch.accelerator has here: cuda, mps, xpu, ...
-    """
+    """The name of the device to use: cuda or cpu for "auto"; UserError if torch can't find it."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if ":" in device:
-        raise UserError(f"--device {device}: takes no number; set CUDA_VISIBLE_DEVICES instead")
+        raise UserError(f"--device {device}: leave out the number; set CUDA_VISIBLE_DEVICES")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    here = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
-    if device not in here.split(" or "):
-        raise UserError(f"--device {device}: torch finds no such device here; use {here}")
+    names = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    if device not in names:
+        text = f"torch finds no such device here; use {' or '.join(names)}"
+        raise UserError(f"--device {device}: {text}")
     return device
 
 

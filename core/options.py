@@ -24,7 +24,7 @@ PLAIN = ("data", "encoder", "optim", "run")
 # All commands read the same recipes: other commands' tables are ignored, unknown ones are errors.
 TABLES = (*PLAIN, *"view1 view2 byol baseline linear mlp augmented finetune reproduce".split())
 VARIANTS = Path(__file__).parent.parent / "variants"
-SHOWN = 20  # choices, at most, that --help and errors list
+SHOWN = 20  # of an option with more choices, --help lists none and an error the nearest 20
 REMOVED = {
     "max_steps": "use --steps",
     "replicas_every": "the processes are compared at each save and every 1,000 steps",
@@ -274,7 +274,7 @@ def _add_flags(group, table: str, table_class: type, defaults) -> None:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
             choices = field.metadata["choices"] or ()
-            few = choices if 0 < len(choices) <= SHOWN else None  # of many: see `Option.check`
+            few = choices if 0 < len(choices) <= SHOWN else None  # argparse would list many in full
             keywords["metavar"] = "|".join(few) if few else name.upper()
             keywords |= {"type": kind, "choices": few}
             if typing.get_origin(kind) is list:

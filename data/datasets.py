@@ -10,11 +10,11 @@ from core.errors import UserError
 from core.options import option, running
 from data.images import Images
 
-PUBLISHED = (  # those in data/published.py
+PUBLISHED = (  # all are read by data/published.py
     "cifar10 cifar100 mnist fashion_mnist kmnist svhn imagenette flowers102 oxford_iiit_pet "
     "food101 dtd fgvc_aircraft"
 ).split()
-NAMES = ("stl10", "folder", "sample", *PUBLISHED)  # the first three have a module each
+NAMES = ("stl10", "folder", "sample", *PUBLISHED)  # the first three: data/NAME.py
 
 
 @dataclass
@@ -25,11 +25,11 @@ class DataConfig:
     data_root: str = running("datasets", "folder of the data (--dataset folder: train/, test/)")
     download: bool = running(False, "download the data set if missing")
     crop_size: int = option(96, "side of the views, pixels", low=8)
-    store_size: int = option(160, "image files: side of the packed squares, pixels", low=8)
+    store_size: int = option(160, "side of the squares packed from image files, pixels", low=8)
     eval_size: int = option(
         0, "short side before the crop (0: up to 96 pixels whole, else 8/7 of --crop-size)", low=0
     )
-    strict: bool = running(False, "image files: stop at unreadable ones")
+    strict: bool = running(False, "stop at unreadable image files instead of leaving them out")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Download a data set: whole or not at all, by one of several processes."""
+"""Download a data set, whole or not at all, in one of several processes."""
 
 import shutil
 import socket
@@ -15,11 +15,12 @@ TIMEOUT = 30  # seconds without a byte
 def fetch(
     root: Path, names: list[str], get: Callable[[Path], object], download: bool, by_hand: str
 ) -> None:
-    """Have `get` make the files or folders `names` in `root`, unless all of them exist.
+    """Download the files or folders `names` to `root`, unless all of them exist.
 
-    get       downloads to the folder that it is called with, and checks what it has downloaded
-    by_hand   how to do without it, for error messages
-    UserError if it fails; nothing is left behind then.
+    get        called with a folder: downloads `names` to it and checks them
+    download   whether the user allows it
+    by_hand    what to do instead of downloading, for error messages
+    UserError if that fails; nothing is left behind then.
     """
     missing = [name for name in names if not (root / name).exists()]
     if not missing:
@@ -33,7 +34,7 @@ def fetch(
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait forever
-        # torchvision sets no filter: before Python 3.14, a path could lead out of the folder
+        # torchvision sets no filter: before Python 3.14, an archive could write outside the folder
         tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
         try:
             get(partial)

@@ -27,7 +27,7 @@ _prepared: dict[tuple[Path, int], Path] = {}
 
 
 def prepare(root: Path, data: DataConfig, list_files=list_images) -> None:
-    """Pack the images that `list_files` finds in `root` now, unless such a pack exists.
+    """Pack the images that `list_files(root)` lists, unless they are packed already.
 
     Images that can't be decoded are left out with a warning; UserError under --strict.
     """
@@ -156,9 +156,9 @@ def _write(path: Path, root: Path, by_class: dict, size: int) -> tuple[dict, lis
                     kept[name].append(file)
                     brightest = max(brightest, image.max())
             if files and not kept[name]:
-                folder = printable(f"{root / path.stem / name}")
-                why = f"no image can be decoded, for example {printable(file)}: {image}"
-                raise UserError(f"{folder}: {why}")
+                what = f"class {name} in {path.stem}" if name else path.stem
+                why = f"no image of {what} can be decoded, for example {file}: {image}"
+                raise UserError(printable(f"{root}: {why}"))
     if brightest < 16:
         warn_once(
             f"{path.stem}: all images are nearly black; if they hold 12 bits in 16, rescale them"

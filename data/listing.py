@@ -37,7 +37,7 @@ def list_images(root: Path) -> Listing:
     labelled = os.path.lexists(root / "train")
     if not labelled and (root / "test").is_dir():
         raise UserError(f"--data-root {root}: test/ without train/; add train/, or rename test/")
-    test = "test" if os.path.lexists(root / "test") else "val"  # ImageNet has no other
+    test = "test" if os.path.lexists(root / "test") else "val"  # as in ImageNet's layout
     files, ignored, digest = {}, Counter(), hashlib.sha256(str(FORMAT).encode())
     for path in _walk(root):
         split, name = _place(path, labelled, test)
@@ -106,7 +106,10 @@ def _is_image(path: str) -> bool:
 
 
 def _place(path: str, labelled: bool, test: str) -> tuple[str, str]:
-    """Split and class of a file; ("", "") if it is in none.  `test`: the folder of test images."""
+    """Split and class of a file; ("", "") if it is in none.
+
+    test   the folder of test images: test or val
+    """
     split, *rest = path.split("/")
     if not labelled or split in ("unlabelled", "unlabeled"):
         return "unlabelled", ""
@@ -116,20 +119,21 @@ def _place(path: str, labelled: bool, test: str) -> tuple[str, str]:
 
 
 def _sort_classes(root: Path, files: dict[str, dict[str, list[str]]], test: str) -> None:
-    """Sort the classes by name, with the same classes in train/ and in `test`, test/ or val/.
+    """Sort the classes by name, and give the test split all classes of train/.
 
-    UserError for a class folder without images, and for a class that only `test` has.
+    test   the folder of test images: test or val
+    UserError for a class folder without images, and for a class of that folder alone.
     """
-    places = {"train": "train", "test": test}
-    for split in places.keys() & files.keys():
-        for folder in sorted((root / places[split]).iterdir()):
+    folders = {"train": "train", "test": test}
+    for split in folders.keys() & files.keys():
+        for folder in sorted((root / folders[split]).iterdir()):
             if folder.is_dir() and _is_visible(folder.name) and folder.name not in files[split]:
                 name = printable(str(folder))
                 raise UserError(f"{name}: no images in it that Pillow reads; add some or remove it")
-    train, tested = files["train"], files.get("test", {})
-    for unknown in tested.keys() - train.keys():
+    train, test_files = files["train"], files.get("test", {})
+    for unknown in test_files.keys() - train.keys():
         name = printable(f"{root}/{test}/{unknown}")
         raise UserError(f"{name}: train/ has no images of that class; rename or add it")
     files["train"] = {name: train[name] for name in sorted(train)}
-    if tested:
-        files["test"] = {name: tested.get(name, []) for name in sorted(train)}
+    if test_files:
+        files["test"] = {name: test_files.get(name, []) for name in sorted(train)}

@@ -1,4 +1,8 @@
-"""Published data sets, read by torchvision: arrays as they are, image files packed."""
+"""Published data sets that torchvision downloads and reads.
+
+Images that torchvision holds as arrays are used at their size; image files are packed as those of
+a folder are.
+"""
 
 import hashlib
 import importlib.util
@@ -16,12 +20,13 @@ from data.download import fetch
 from data.images import Images
 from data.listing import FORMAT, Listing
 
-# arguments of torchvision's classes: for the parts of train, for test
+# arguments of torchvision's classes: a dict for each part of train, a dict for test
 FLAG = [{"train": True}], [{"train": False}]
 SPLIT = [{"split": "train"}], [{"split": "test"}]
 TRAINVAL = [{"split": "trainval"}], [{"split": "test"}]
 TRAIN_AND_VAL = [{"split": "train"}, {"split": "val"}], [{"split": "test"}]
-ARRAYS = {  # name -> torchvision's class, what it makes in --data-root, arguments
+# name -> torchvision's class, files or folders that it makes in --data-root, arguments
+ARRAYS = {
     "cifar10": (tv.CIFAR10, ["cifar-10-batches-py"], *FLAG),
     "cifar100": (tv.CIFAR100, ["cifar-100-python"], *FLAG),
     "mnist": (tv.MNIST, ["MNIST"], *FLAG),
@@ -40,19 +45,20 @@ FILES = {
 
 
 def prepare(root: Path, data: DataConfig) -> None:
-    """Download what is missing in `root`, and pack image files unless such a pack exists."""
+    """Download the set if it is missing in `root`; pack image files that are not packed yet."""
     name = data.dataset
     if name in ("flowers102", "svhn") and importlib.util.find_spec("scipy") is None:
         raise UserError(f"--dataset {name} needs scipy: pip install scipy")
     kind, places, *_ = (ARRAYS | FILES)[name]
-    by_hand = f"copy it from where torchvision.datasets.{kind.__name__}(DIR, download=True) works"
+    python = f"torchvision.datasets.{kind.__name__}(DIR, download=True)"
+    by_hand = f"run {python} on another machine and copy it from DIR"
     fetch(root, places, partial(_parts, name=name, download=True), data.download, by_hand)
     if name in FILES:
         folder.prepare(root / places[0], data, partial(_list_files, name=name))
 
 
 def load(root: Path, data: DataConfig) -> Dataset:
-    """Read a set of arrays, or map the images that `prepare` has packed."""
+    """The data set: arrays in memory, or the images that `prepare` has packed, memory-mapped."""
     name = data.dataset
     if name in FILES:
         place = root / FILES[name][1][0]
@@ -62,7 +68,7 @@ def load(root: Path, data: DataConfig) -> Dataset:
 
 
 def _parts(root: Path, name: str, download: bool = False) -> list[list]:
-    """torchvision's data sets: the parts of train, and test."""
+    """torchvision's objects: a list for the parts of train, a list with that for test."""
     kind, _, *splits = (ARRAYS | FILES)[name]
     return [[kind(root, download=download, **part) for part in parts] for parts in splits]
 
@@ -76,7 +82,7 @@ def _read(root: Path, name: str) -> tuple[list[str], list, list]:
     # SVHN has no names for its digits; Imagenette has several for each class
     names, *others = [list(getattr(part, "classes", "0123456789")) for part in train + test]
     if any(other != names for other in others) or not all(map(len, train + test)):
-        raise _damaged(root, name, "images or classes are missing in its lists")
+        raise _damaged(root, name, "some images or classes are missing")
     return [n if isinstance(n, str) else n[0] for n in names], train, test
 
 
@@ -87,7 +93,7 @@ def _damaged(root: Path, name: str, error: Exception | str) -> UserError:
 
 
 def _arrays(part) -> tuple[Images, np.ndarray]:
-    """Images and labels of a part that torchvision holds in memory."""
+    """Images and labels of an object of torchvision that holds them in memory."""
     pixels = np.asarray(part.data)
     if pixels.ndim == 3:  # gray
         pixels = pixels[:, None]
@@ -98,7 +104,7 @@ def _arrays(part) -> tuple[Images, np.ndarray]:
 
 
 def _samples(part):
-    """(file, label) of each image; torchvision has no public names for them."""
+    """(file, label) of each image, from the private attributes where torchvision keeps them."""
     if hasattr(part, "_samples"):
         return part._samples
     files = part._images if hasattr(part, "_images") else part._image_files
@@ -106,7 +112,7 @@ def _samples(part):
 
 
 def _list_files(place: Path, name: str) -> Listing:
-    """The image files in the set's folder by split and class, in torchvision's order."""
+    """The set's image files by split and class, in torchvision's order; `place` is its folder."""
     names, *splits = _read(place.parent, name)
     files, digest = {}, hashlib.sha256(str(FORMAT).encode())
     for split, parts in zip(("train", "test"), splits, strict=True):

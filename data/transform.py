@@ -44,7 +44,7 @@ def warn_enlarged(side: int, stored: int) -> None:
     """Warn once if images with a short side of `stored` pixels are enlarged to `side`."""
     if side > stored:
         text = f"images of {stored} pixels are enlarged to {side}: lower --crop-size"
-        warn_once(f"{text}, or raise --store-size of packed ones")
+        warn_once(f"{text}, or raise --store-size if they are packed")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class EvalTransform:
 
     @classmethod
     def of(cls, data: DataConfig, shape: tuple[int, int], mean, std) -> "EvalTransform":
-        """By [data], for images of `shape`: for train_byol.start and eval.trained.from_config."""
+        """The transform that the settings `data` give images of `shape` (height, width)."""
         size, crop = eval_sizes(data, shape)
         warn_enlarged(crop, min(shape))
         return cls(mean, std, size, crop, min(shape))

@@ -63,7 +63,7 @@ def accuracy(logits: Tensor, labels) -> float:
 
 
 def scores(logits: Tensor, labels) -> dict[str, float]:
-    """{"top1", "mean_per_class"} in percent: `accuracy`, also averaged over the classes."""
+    """{"top1": accuracy, "mean_per_class": mean of the classes' accuracies}, in percent."""
     labels = torch.as_tensor(labels)
     within = [accuracy(logits[labels == c], c) for c in labels.unique()]
     mean = sum(within) / len(within)

@@ -24,7 +24,7 @@ def extract(
     batches = torch.arange(len(images)).split(BATCH)
     for rows in batches[processes.rank :: processes.world_size]:
         x = transform(images.take(rows.numpy(), device))
-        # a slice: an index tensor would make CUDA wait
+        # with an index tensor instead of a slice, the CPU would wait for CUDA
         features[rows[0] : rows[-1] + 1] = encoder(x).float()
     encoder.train(was_training)
     return sum_over_ranks(features).cpu()

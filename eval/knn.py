@@ -35,6 +35,6 @@ def knn(
 
 
 def knn_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, **more) -> float:
-    """Top-1 in percent of the class with the most votes, see `knn`."""
+    """Top-1 in percent of the class with the most votes; `more` goes to `knn`."""
     guess = knn(bank, bank_labels, queries, **more).argmax(1)
     return 100 * int((guess == labels).sum()) / len(labels)

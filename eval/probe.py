@@ -53,5 +53,5 @@ class OnlineProbe(Method):
     def after_step(self, progress):
         return self.method.after_step(progress)
 
-    def learning_rate(self, *step):
-        return self.method.learning_rate(*step)
+    def learning_rate(self, *arguments):
+        return self.method.learning_rate(*arguments)

@@ -71,7 +71,7 @@ def over_folds(results: list[dict]) -> dict:
     top1 = [r["top1"] for r in results]
     shared = {k: v for k, v in results[0].items() if k not in PER_FOLD}
     for key in shared:
-        if key == "mean_per_class" or key.endswith("nn"):  # another k-NN's top-1: cosine_200nn
+        if key == "mean_per_class" or key.endswith("nn"):  # such as cosine_200nn
             shared[key] = round(mean(r[key] for r in results), 4)
     return {
         **shared,

@@ -46,7 +46,7 @@ def from_weights(weights: Weights, source: str, device: str) -> tuple[nn.Module,
     encoder = weights.encoder(config, source).eval().requires_grad_(False)
     device = torch.device(pick_device(device))
     encoder.to(device, memory_format=memory_format(device))
-    missing = published_inputs(EncoderConfig.arch)  # the network that a bare file is read as
+    missing = published_inputs(EncoderConfig.arch)  # of a file without metadata
     if "crop_size" in weights.meta:  # our own file: without a `frame` in it, nothing is cropped
         missing = {k: missing[k] for k in ("mean", "std")}
     return encoder, EvalTransform.from_meta(missing | weights.meta)
@@ -146,7 +146,8 @@ def parser(description: str, device: bool = True) -> Parser:
     arguments = Parser(description)
     arguments.add_argument("--ckpt", required=True, metavar="RUN", help="run folder or file")
     if device:
-        arguments.add_argument("--device", default="auto", type=pick_device, help="as in training")
+        text = options_of(LoopRun)["device"].field.metadata["help"]
+        arguments.add_argument("--device", default="auto", type=pick_device, help=text)
     return arguments
 
 
@@ -190,7 +191,7 @@ def prepare(config: CkptConfig) -> None:
 
 
 def from_config(config: CkptConfig, images: Images) -> tuple[nn.Module, EvalTransform]:
-    """The encoder of --ckpt, and its EvalTransform for `images` and the data set's flags."""
+    """The encoder of --ckpt, and the EvalTransform of `images` by the settings in [data]."""
     encoder = config.weights.encoder(config.encoder, f"--ckpt {config.ckpt}")
     normalization = config.weights.normalization(images)
     transform = EvalTransform.of(config.data, images.shape, *normalization)
@@ -214,7 +215,11 @@ def inherited_tables(weights: Weights) -> tuple[dict, dict]:
 
 
 def folder_beside(config: CkptConfig, *names: str) -> str:
-    """The default run folder of an evaluation: in that of --ckpt, by `names`, data and labels."""
+    """The default run folder of an evaluation, in that of --ckpt.
+
+    Its name has `names`, the data set if that of --ckpt is another one, and labels, fold and images
+    where they are not the defaults.
+    """
     data, parts = config.data, list(names)
     if data.dataset != config.weights.config.get("data", {}).get("dataset", data.dataset):
         parts.append(data.dataset)

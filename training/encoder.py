@@ -13,7 +13,7 @@ from core.errors import UserError
 from core.options import flag_of, option, options_of
 from training.checkpoints import save_file
 
-# block, blocks of each stage; groups of the 3x3 convolutions and their width, if not 1 and 64
+# block, blocks of each stage; torchvision's groups and width_per_group, if not 1 and 64
 ARCHS = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
     "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
@@ -28,9 +28,9 @@ ARCHS = {
 }
 # torchvision's other classifiers; the SqueezeNets end in a convolution and are refused
 OTHERS = [name for name in models.list_models(module=models) if name not in ARCHS]
-# those with one image size, by the first word of their names: how another size is set
+# networks for one image size, by the first word of their names -> arguments that set the size
 IMAGE_SIZE = {"vit": lambda n: {"image_size": n}, "maxvit": lambda n: {"input_size": (n, n)}}
-# those that would return a tuple in train mode; their published weights take inputs in -1 .. 1
+# their auxiliary classifiers are left out; their published weights take inputs in -1 .. 1
 AUXILIARY = ("googlenet", "inception_v3")
 # kernel size, stride and padding of the first convolution; whether torchvision's max-pool follows
 STEMS = {
@@ -64,7 +64,7 @@ class CenterTapConv2d(nn.Conv2d):
 
 
 def use_center_taps(network: nn.Module) -> None:
-    """Replace the convolutions whose output has a center tap, k pixels padded by (k - 1) / 2."""
+    """Make each convolution of size k with padding (k - 1) / 2, k > 1, a CenterTapConv2d."""
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Conv2d) and layer.dilation == (1, 1) and any(layer.padding):
@@ -82,7 +82,7 @@ class Encoder(resnet.ResNet):
     def __init__(self, arch="resnet18", stem="imagenet", width=1.0, zero_init=False) -> None:
         block, layers, *groups = ARCHS[arch]
         self.channels = max(1, round(64 * width))
-        if groups and self.channels * groups[1] < 64:  # groups without channels
+        if groups and self.channels * groups[1] < 64:  # a group would have no channel
             raise UserError(f"--width {width:g}: --arch {arch} needs {1 / groups[1]:g} or more")
         super().__init__(block, layers, 1000, zero_init, *groups)
         kernel, stride, padding, pool = STEMS[stem]
@@ -103,7 +103,7 @@ class Encoder(resnet.ResNet):
 
 
 def without_last_layer(arch: str, *resnet_options, image_size: int = 0) -> nn.Module:
-    """One of OTHERS without its last layer; UserError if it can't have that image size."""
+    """One of OTHERS without its last layer; UserError if it refuses the image size."""
     options = dict(aux_logits=False, init_weights=True) if arch in AUXILIARY else {}
     if image_size:
         options = IMAGE_SIZE[arch.partition("_")[0]](image_size)
@@ -118,8 +118,9 @@ def without_last_layer(arch: str, *resnet_options, image_size: int = 0) -> nn.Mo
     return network
 
 
-# name -> function of stem, width and zero_init that returns an encoder.  To add a network, add a
-# line: any nn.Module that maps (B, 3, H, W) to (B, feature_size) and has that size as attribute.
+# name -> function of stem, width and zero_init that returns an encoder; OTHERS ignore the three.
+# To add a network, add a line: an encoder is any nn.Module that maps (B, 3, H, W) to
+# (B, feature_size) and has that size as attribute.
 ENCODERS = {arch: functools.partial(Encoder, arch) for arch in ARCHS}
 ENCODERS |= {arch: functools.partial(without_last_layer, arch) for arch in OTHERS}
 
@@ -128,7 +129,7 @@ ENCODERS |= {arch: functools.partial(without_last_layer, arch) for arch in OTHER
 class ShapeConfig:
     """[encoder]: architecture of the encoder."""
 
-    arch: str = option("resnet18", "network, a classifier of torchvision", choices=ENCODERS)
+    arch: str = option("resnet18", "classifier of torchvision, such as vit_b_16", choices=ENCODERS)
     stem: str = option(
         "imagenet",
         "first layers: imagenet 7x7/2 and max-pool, stl 3x3 and max-pool, cifar 3x3, small 3x3/2",
@@ -138,9 +139,9 @@ class ShapeConfig:
     image_size: int = option(0, "vit, maxvit: side of the images (0: torchvision's default)", low=0)
 
     def check(self, table: str) -> None:
-        """UserError for a network that is no encoder, and for options that it does not have."""
+        """UserError for a SqueezeNet, and for an option that the network does not have."""
         if self.arch.startswith("squeezenet"):
-            raise UserError(f"--arch {self.arch}: its last layer is not linear, but a convolution")
+            raise UserError(f"--arch {self.arch}: its last layer is not linear; choose another")
         absent = ["stem", "width", "zero_init"] if self.arch in OTHERS else []
         if self.arch.partition("_")[0] not in IMAGE_SIZE:
             absent.append("image_size")
@@ -151,7 +152,7 @@ class ShapeConfig:
 
     @property
     def shape(self) -> dict:
-        """The options that set names and shapes of the weights, for a file's metadata."""
+        """The options that determine names and shapes of the weights, for a file's metadata."""
         return {name: getattr(self, name) for name in options_of(ShapeConfig)}
 
     def __str__(self) -> str:
@@ -180,9 +181,9 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
 
 
 def check_sizes(encoder: nn.Module, transform, sides=()) -> None:
-    """UserError if one of OTHERS can't take images of these sides in pixels, or of the transform's.
+    """UserError if the encoder can't take images of `sides` (pixels) or of the transform's side.
 
-    It runs on the meta device: no arithmetic, no random numbers, no change to the encoder.
+    Only OTHERS are checked, on the meta device: no arithmetic, no random numbers, no change.
     """
     if getattr(encoder, "arch", "") not in OTHERS:
         return
@@ -192,7 +193,7 @@ def check_sizes(encoder: nn.Module, transform, sides=()) -> None:
             torch.func.functional_call(encoder, state, torch.zeros(2, 3, side, side, device="meta"))
         except Exception as error:  # torch and torchvision raise many types
             text = f"can't take images of {side} pixels ({' '.join(str(error).split())})"
-            flags = "change --crop-size, --eval-size, --image-size"
+            flags = "change --crop-size, --eval-size or --image-size"
             raise UserError(f"--arch {encoder.arch}: {text}; {flags}") from None
 
 

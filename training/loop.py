@@ -25,13 +25,13 @@ def peak_rate(optimizer: str, lr: float, batch_size: int) -> float:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto is bf16 if the CPU or CUDA GPU supports it, else fp16 on CUDA, fp32 on other devices."""
+    """The precision to use; auto: bf16 if a CPU or CUDA GPU has it, else fp16 on CUDA, or fp32."""
     native, other = device.type == "cpu" and cpu_has_bf16(), "fp32"
     if device.type == "cuda":
         native, other = torch.cuda.get_device_capability(device) >= (8, 0), "fp16"
         if name == "bf16" and not native:
             raise UserError("--precision bf16: this GPU does not support it; use fp16 or fp32")
-    elif name == "fp16" and device.type not in ("cpu", "mps"):  # GradScaler takes float64
+    elif name == "fp16" and device.type not in ("cpu", "mps"):  # GradScaler uses float64
         raise UserError(f"--precision fp16: needs float64, which {device.type} may lack; use bf16")
     if name == "auto":
         return "bf16" if native else other

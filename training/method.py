@@ -67,7 +67,7 @@ class Method(nn.Module):
         """Called after each applied optimizer step k of K with progress = k/K; returns logs."""
         return {}
 
-    # of an attempted step 0 .. total-1; a class may define its own, with self as first argument
+    # of step 0 .. total-1; a method may define its own, as (self, peak, step, warmup, total)
     learning_rate = staticmethod(learning_rate)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:

@@ -144,9 +144,10 @@ def find_network(
     Moving averages are used only if there is no other network.  If no shapes fit: the network with
     most names in common.  UserError, which names the file by `source`, for none and for several.
     """
-    expected, (*_, (last, layer)) = encoder.state_dict(), encoder.named_modules()
+    expected = encoder.state_dict()
     networks = _candidates(tensors, expected)
-    if isinstance(layer, nn.Identity):  # in place of the classifier's last layer
+    *_, (last, layer) = encoder.named_modules()
+    if isinstance(layer, nn.Identity):  # drop the classifier's last layer, which it replaced
         for name, state in networks.items():
             networks[name] = {k: v for k, v in state.items() if not k.startswith(f"{last}.")}
     if prefix is not None:
@@ -211,13 +212,13 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
 def load_state(module: nn.Module, state: dict, source: str, what: str) -> None:
     """Load `state` into the module; UserError if names or shapes differ or a value is not finite.
 
-    source, what   names of the file and the settings in the error
+    source, what   names of the file and of the settings, for errors
     """
     for name, value in module.state_dict().items():
         dtype = state[name].dtype if name in state else value.dtype
         if value.is_floating_point() and not dtype.is_floating_point:  # torch would convert it
             raise UserError(f"{source}: {name} holds {dtype} values; save it as floating point")
-    state = OrderedDict(state)  # MNASNets refuse to load without the version of their format
+    state = OrderedDict(state)  # MNASNet takes no state dict without a version
     names = [name for name, part in module.named_modules() if isinstance(part, models.MNASNet)]
     state._metadata = {name: {"version": models.MNASNet._version} for name in names}
     try:
@@ -239,16 +240,16 @@ def initial_weights(config: EncoderConfig) -> Weights:
 
 
 def published(arch: str):
-    """torchvision's first weights for ImageNet: IMAGENET1K_V1 where there is such a version."""
+    """torchvision's first weights for ImageNet: version IMAGENET1K_V1 where there is one."""
     return next(iter(models.get_model_weights(arch)))
 
 
 def published_inputs(arch: str) -> dict:
-    """Metadata for the published weights: how their inputs are made."""
+    """Metadata of the published weights: how their inputs are resized, cropped and normalized."""
     inputs = published(arch).transforms()
     (size,), (crop,) = inputs.resize_size, inputs.crop_size
     meta = {"mean": inputs.mean, "std": inputs.std, "frame": [size, crop], "stored": size}
-    # torchvision's two networks turn their inputs into those of mean and std 0.5
+    # torchvision gives these two networks a first step that changes mean and std to 0.5
     return meta | ({"mean": [0.5] * 3, "std": [0.5] * 3} if arch in AUXILIARY else {})
 
 

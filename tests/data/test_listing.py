@@ -286,7 +286,7 @@ def test_test_images_of_which_none_can_be_read_are_one_line(root):
     for path in (root / "test").rglob("*.png"):
         path.write_bytes(b"")
     shutil.rmtree(root / "test" / "ant")
-    with pytest.raises(UserError, match="test/dog: no image can be decoded"):
+    with pytest.raises(UserError, match="no image of class dog in test can be decoded"):
         packed(root)
 
 

@@ -466,7 +466,7 @@ def test_what_is_cut_off_or_killed_is_never_taken_for_the_set(tmp_path, server, 
     for length in (len(whole) // 2, len(whole) // 9 * 8):
         (served / "aircraft.tar.gz").write_bytes(whole[:length])
         text = refusal(root, "fgvc_aircraft", download=True)
-        assert "try again, or copy" in text and "FGVCAircraft(DIR, download=True)" in text
+        assert "try again, or run" in text and "FGVCAircraft(DIR, download=True)" in text
         assert left(root) == []
     killed = root / ".fgvc-aircraft-2013b.partial" / "fgvc-aircraft-2013b"
     killed.mkdir(parents=True)  # as SIGKILL leaves it
