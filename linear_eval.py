@@ -29,6 +29,7 @@ from eval.trained import (
     ckpt_config,
     folder_beside,
     from_config,
+    on_another_set,
     prepare,
 )
 from training.checkpoints import save_file
@@ -103,13 +104,14 @@ def run(config: Config, processes: Processes) -> dict:
                 save_classifier(out / "classifier.pt", config, frozen, classifier, data.class_names)
             write_json(out / "result.json", result)
     chosen = f", {result['chosen']}" if result.get("chosen") else ""
-    labels = f" --labels {config.data.labels}" if config.data.labels else ""
+    more = f" --dataset {config.data.dataset}" if on_another_set(config) else ""
+    more += f" --labels {config.data.labels}" if config.data.labels else ""
     say(
         processes,
         f"{out}: {in_words(result)} on {result['test_images']:,} "
         f"{result['measured_on']} images with {result['labels']:,} labels "
         f"({name}{chosen}), {result['seconds']:.0f} s\n"
-        f"next: python finetune.py --ckpt {shlex.quote(config.ckpt)}{labels}",
+        f"next: python finetune.py --ckpt {shlex.quote(config.ckpt)}{more}",
     )
     return result
 

@@ -50,7 +50,7 @@ from eval.trained import Features, FrozenEncoder, load
 from training.command import execute
 from training.config import TableRun
 from training.distributed import Processes, barrier
-from training.encoder import EncoderConfig, NewEncoderConfig, check_sizes, fetch
+from training.encoder import EncoderConfig, NewEncoderConfig, fetch
 from training.method import Method
 from training.optimizers import OptimConfig
 from training.run_folder import git_commit, read_metrics, say
@@ -161,7 +161,7 @@ class Table:
         batch = max(s.optim.batch_size for s in pretraining_settings(self.config))
         if batch > len(images):
             raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
-        check_sizes(*starting_point(self, "random", 0), [self.config.data.crop_size])
+        starting_point(self, "random", 0)  # checks the sizes
 
     def split(self, labels: int, draw: int) -> Split:
         """The labelled images of one draw, and the images to measure on."""
@@ -267,8 +267,9 @@ def control_rows(table: Table, inits: list[str]) -> None:
 def starting_point(table: Table, init: str, seed: int):
     """The encoder and its EvalTransform that pretraining starts from.
 
-    A random encoder's batch norms keep running means 0 and variances 1: with the statistics of real
-    images the control is much weaker (31 % instead of 55 % on the sample).
+    The batch norms of a random ResNet keep running means 0 and variances 1: with the statistics of
+    real images the control is much weaker (31 % instead of 55 % on the sample).  Other networks
+    need those, see `measure_statistics`.
     """
     data = table.config.data
     images, _ = table.data.pretraining(data.pretrain_on)

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from byol.byol import BYOL
@@ -26,7 +27,7 @@ from eval.online import OnlineEval
 from training.command import execute
 from training.config import PretrainRun
 from training.distributed import Processes
-from training.encoder import EncoderConfig, fetch, initialize
+from training.encoder import EncoderConfig, check_sizes, fetch, initialize, measure_statistics
 from training.method import Method
 from training.optimizers import OptimConfig
 from training.run_folder import finished, say, warn
@@ -116,7 +117,12 @@ def start(encoder: EncoderConfig, data: datasets.DataConfig, images: Images, see
     """The encoder with the weights of --init, and the EvalTransform for it and the images."""
     torch.manual_seed(seed)
     network, mean, std = initialize(encoder, images)
-    return network, EvalTransform.of(data, images.shape, mean, std)
+    transform = EvalTransform.of(data, images.shape, mean, std)
+    check_sizes(network, transform, [data.crop_size])
+    if encoder.init == "random":
+        rows = np.unique(np.linspace(0, len(images) - 1, 64).astype(np.int64))
+        measure_statistics(network, transform(images.take(rows)))
+    return network, transform
 
 
 def train(session: Session, online: OnlineEval, processes: Processes) -> dict:
@@ -158,6 +164,7 @@ def report(result: dict, out: Path, processes: Processes) -> None:
 
 def prepare(config: Config) -> None:
     """Download the data set, and the published weights that --init names, if missing."""
+    config.encoder.check_crop(config.data.crop_size)
     datasets.prepare(config.data)
     fetch(config.encoder)
 

@@ -7,6 +7,7 @@ a folder are.
 import hashlib
 import importlib.util
 import os
+from errno import ENOENT
 from functools import partial
 from pathlib import Path
 
@@ -77,7 +78,11 @@ def _read(root: Path, name: str) -> tuple[list[str], list, list]:
     """Class names, and what `_parts` returns; UserError if a file is missing or damaged."""
     try:
         train, test = _parts(root, name)
+    except ImportError as error:
+        raise UserError(f"--dataset {name}: {error}; install that package again") from error
     except Exception as error:  # torchvision, pickle and scipy raise many kinds
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, ENOENT):
+            raise  # of the machine, not of the data
         raise _damaged(root, name, error) from error
     # SVHN has no names for its digits; Imagenette has several for each class
     names, *others = [list(getattr(part, "classes", "0123456789")) for part in train + test]

@@ -178,6 +178,9 @@ def ckpt_config(config_class: type[CkptConfig], typed: dict) -> CkptConfig:
         raise UserError("--ckpt is missing: name a run folder, or a file of weights")
     weights = read_weights(typed["ckpt"])
     run, recipe = inherited_tables(weights)
+    other = typed.get("data.dataset", "folder") != "folder"
+    if other and run["data"].get("dataset") == "folder" and "recipe" not in typed:
+        typed = {"data.data_root": datasets.DataConfig.data_root} | typed  # not among the images
     config = make_config(config_class, typed, run=run, recipe=recipe)
     config.weights = weights
     init = weights.meta.get("init", EncoderConfig.init)
@@ -205,6 +208,8 @@ def inherited_tables(weights: Weights) -> tuple[dict, dict]:
     Options of the recipe's [run] that belong to the run itself, such as `out`, are left out.
     """
     data, options = weights.config.get("data", {}), options_of(datasets.DataConfig).keys()
+    if not data and "crop_size" in weights.meta:  # a file without its run
+        data = {"crop_size": weights.meta["crop_size"]}
     data = {name: data[name] for name in options & data.keys() - {"download"}}
     shape = {name: weights.meta[name] for name in options_of(ShapeConfig) if name in weights.meta}
     recipe = dict(weights.config.get("recipe", {}))
@@ -214,6 +219,12 @@ def inherited_tables(weights: Weights) -> tuple[dict, dict]:
     return {"data": data, "encoder": shape}, recipe
 
 
+def on_another_set(config: CkptConfig) -> bool:
+    """Whether the data set is not that of the run of --ckpt."""
+    default = datasets.DataConfig.dataset
+    return config.data.dataset != config.weights.config.get("data", {}).get("dataset", default)
+
+
 def folder_beside(config: CkptConfig, *names: str) -> str:
     """The default run folder of an evaluation, in that of --ckpt.
 
@@ -221,7 +232,7 @@ def folder_beside(config: CkptConfig, *names: str) -> str:
     where they are not the defaults.
     """
     data, parts = config.data, list(names)
-    if data.dataset != config.weights.config.get("data", {}).get("dataset", data.dataset):
+    if on_another_set(config):
         parts.append(data.dataset)
     if data.labels:
         parts.append(f"labels{data.labels}-draw{data.draw}")

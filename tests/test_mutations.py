@@ -203,6 +203,9 @@ MUTATIONS = {
     "colours in a fixed order": (
         "data/views.py", "rng.permuted(np.tile(np.arange(4), (count, 1)), axis=1)",
         "np.tile(np.arange(4), (count, 1))", f"{VIEWS} -k orders"),
+    "batch norms with torchvision's momentum": (
+        "training/encoder.py", "for norm in batch_norms(network):", "for norm in ():",
+        "tests/training/test_networks.py -k fifty_steps"),
     "statistics of another data set": (
         "training/encoder.py", "return build_encoder(config), *images.statistics()",
         "return build_encoder(config), [0.491, 0.482, 0.447], [0.247, 0.243, 0.262]",

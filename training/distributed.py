@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import inspect
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,8 @@ def wrap(method: nn.Module, processes: Processes, batch_norm: str, compiled=Fals
     method.to(processes.device, memory_format=memory_format(processes.device))
     if processes.world_size == 1:
         return method
+    # a note on speed, for the weights of depthwise convolutions
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     names = inspect.signature(DistributedDataParallel.__init__).parameters  # torch 2.13 renamed one
     name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return DistributedDataParallel(method, gradient_as_bucket_view=True, **{name: False})

@@ -114,8 +114,14 @@ def without_last_layer(arch: str, *resnet_options, image_size: int = 0) -> nn.Mo
     *_, (name, layer) = network.named_modules()
     network.set_submodule(name, nn.Identity())
     use_center_taps(network)
+    for norm in batch_norms(network):
+        norm.momentum = 0.1  # the ResNets'; 0.01 and 0.0003 of some would need thousands of steps
     network.arch, network.feature_size = arch, layer.in_features
     return network
+
+
+def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    return [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
 
 
 # name -> function of stem, width and zero_init that returns an encoder; OTHERS ignore the three.
@@ -149,6 +155,13 @@ class ShapeConfig:
             value, default = (getattr(x, name, None) for x in (self, type(self)))
             if value != default:
                 raise UserError(f"--arch {self.arch} needs {flag_of(name)} {default}, not {value}")
+
+    def check_crop(self, crop_size: int) -> None:
+        """UserError if the network takes only images of another size."""
+        side = self.image_size or 224
+        if self.arch.partition("_")[0] in IMAGE_SIZE and crop_size != side:
+            text = f"takes images of {side} pixels; add --crop-size {side} or --image-size"
+            raise UserError(f"--arch {self.arch}: {text} {crop_size}")
 
     @property
     def shape(self) -> dict:
@@ -189,12 +202,32 @@ def check_sizes(encoder: nn.Module, transform, sides=()) -> None:
         return
     state = {name: value.to("meta") for name, value in encoder.state_dict().items()}
     for side in (*sides, transform.crop or transform.stored):
+        flag = "--crop-size" if side in sides else "--eval-size"
         try:
             torch.func.functional_call(encoder, state, torch.zeros(2, 3, side, side, device="meta"))
         except Exception as error:  # torch and torchvision raise many types
             text = f"can't take images of {side} pixels ({' '.join(str(error).split())})"
-            flags = "change --crop-size, --eval-size or --image-size"
-            raise UserError(f"--arch {encoder.arch}: {text}; {flags}") from None
+            raise UserError(f"--arch {encoder.arch}: {text}; change {flag}") from None
+
+
+@torch.no_grad()
+def measure_statistics(encoder: nn.Module, inputs: Tensor) -> None:
+    """Set the running statistics of one of OTHERS to those of `inputs` (B, 3, H, W).
+
+    With those that a new network has, mean 0 and variance 1, the outputs of many are 0 in eval
+    mode: 1e-10 for mobilenet_v3_small.
+    """
+    norms = batch_norms(encoder)
+    if getattr(encoder, "arch", "") not in OTHERS or len(inputs) < 2 or not norms:
+        return
+    encoder.eval()  # no dropout
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    encoder(inputs)
+    for norm in norms:
+        norm.momentum = 0.1
+    encoder.train()
 
 
 def initialize(config: EncoderConfig, images) -> tuple[nn.Module, list[float], list[float]]:

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -395,6 +396,21 @@ def test_without_scipy_one_line_says_so_before_anything_is_downloaded(tmp_path, 
     monkeypatch.setattr(published, "fetch", lambda *a: pytest.fail("downloaded"))
     text = refusal(tmp_path, name, download=True)
     assert text == f"--dataset {name} needs scipy: pip install scipy"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "denied"), MemoryError()])
+def test_an_error_of_the_machine_is_no_reason_to_delete(tmp_path, monkeypatch, error):
+    dtd(tmp_path)
+    monkeypatch.setattr(published, "_parts", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        read(tmp_path, "dtd")
+
+
+def test_a_package_that_does_not_load_is_no_reason_to_delete(tmp_path, monkeypatch):
+    svhn_files(tmp_path)
+    error = ImportError("numpy.core.multiarray failed to import")
+    monkeypatch.setattr(published, "_parts", mock.Mock(side_effect=error))
+    assert "install that package again" in refusal(tmp_path, "svhn")
 
 
 # Downloads

@@ -153,9 +153,9 @@ def test_runs_of_the_scripts_have_a_row_each(sample, trained_run, tmp_path):
     page = Page(out.read_text())
     assert page.text["h2"] == ["Evaluations", *SECTIONS[2:]]
     top1 = json.loads((trained_run / "linear/result.json").read_text())["top1"]
-    row = [str(trained_run / "linear"), "byol-linear", "features-linear", str(top1)]
+    row = [str(trained_run / "linear"), "byol-linear", "features-linear", "sample", str(top1)]
     first = page.text["td"].index(row[0])
-    assert page.text["td"][first : first + 4] == row
+    assert page.text["td"][first : first + 5] == row
 
 
 NASTY = [

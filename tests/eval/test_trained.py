@@ -166,20 +166,41 @@ def test_features_come_with_labels_and_the_names_of_their_files(trained_run, min
         torch.testing.assert_close(torch.from_numpy(row), own[0], rtol=1e-4, atol=1e-5)
 
 
-def test_evaluations_on_several_data_sets_stand_side_by_side(sample, trained_run, tmp_path):
+def test_evaluations_on_several_data_sets_stand_side_by_side(sample, trained_run, tmp_path, capsys):
     shutil.copytree(trained_run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "linear")
     for n, name in enumerate(["n01440764", "n02102040"] * 2):
         path = tmp_path / "imagenette2" / ("train" if n < 2 else "val") / name / "1.JPEG"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (28, 28), ("red", "blue")[n % 2]).save(path)
-    flags = ["--ckpt", str(tmp_path / "run"), "--data-root", str(tmp_path), "--quiet"]
-    linear_eval.main(flags)
+    flags = ["--ckpt", str(tmp_path / "run"), "--data-root", str(tmp_path)]
+    linear_eval.main([*flags, "--quiet"])
     linear_eval.main([*flags, "--dataset", "imagenette", "--store-size", "28"])
+    assert "finetune.py --ckpt " in (said := capsys.readouterr().out)
+    assert said.endswith(" --dataset imagenette\n")
     files = (tmp_path / "run").glob("*/result.json")
     results = {path.parent.name: json.loads(path.read_text()) for path in files}
     assert results["linear-imagenette"]["top1"] == 100.0
     assert results["linear-imagenette"]["test_images"] == 2 < results["linear"]["test_images"]
+
+
+def test_another_data_set_is_not_put_among_the_images_of_a_folder(trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["config"]["data"] |= {"dataset": "folder", "data_root": str(tmp_path)}
+    config["config"]["recipe"]["data"] |= {"dataset": "folder", "data_root": str(tmp_path)}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    flags = ["--ckpt", str(tmp_path / "run")]
+    assert linear_eval.configure(flags).data.data_root == str(tmp_path)
+    flags += ["--dataset", "dtd"]
+    assert linear_eval.configure(flags).data.data_root == "datasets"
+    assert linear_eval.configure([*flags, "--data-root", "here"]).data.data_root == "here"
+
+
+def test_a_file_without_its_run_is_evaluated_at_its_size(trained_run, tmp_path):
+    shutil.copy(trained_run / "encoder.pt", tmp_path)
+    config = linear_eval.configure(["--ckpt", str(tmp_path / "encoder.pt"), "--dataset", "dtd"])
+    assert config.data.crop_size == 16 and config.run.out == str(tmp_path / "linear-dtd")
 
 
 def test_features_of_a_named_data_set_have_numbers(sample, trained_run, tmp_path):
