@@ -163,7 +163,7 @@ def test_features_come_with_labels_and_the_names_of_their_files(trained_run, min
         assert label == labels[name.rpartition("/")[0]] and split == name.split("/")[0]
         images = Images([decode(mine / str(name), 28)[None]])
         own = extract(encoder, images, transform)
-        torch.testing.assert_close(torch.from_numpy(row), own[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(row), own[0], rtol=1e-3, atol=1e-4)
 
 
 def test_evaluations_on_several_data_sets_stand_side_by_side(sample, trained_run, tmp_path, capsys):
