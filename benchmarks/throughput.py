@@ -2,8 +2,8 @@
 
 Prints a line of JSON for training, for the bare step of the same network (fixed views, no log, no
 checks), and for the views alone.  They run in turn, A B A B; `ratio` is training's rate through the
-line's rate, and on a shared machine only ratios mean something.  Then, on a GPU, the kernels that a
-step starts, and the seconds from typing a command to its first step.
+line's rate, and on a shared machine only ratios mean something.  Then, on a GPU alone, the kernels
+that a step starts; and the seconds from typing a command to its first step.
 With --lightly, the other lines are lightly's published BYOL example on the same network, batch size
 and images, on the CPU; `pip install -r benchmarks/requirements.txt` first.
 Flags of train_byol.py, such as `--crop-size 32 --compile`, replace the usual settings.
