@@ -49,7 +49,7 @@ def test_pixels_whose_range_is_unknown_are_refused_by_name(root, capsys, ending,
 def test_a_class_of_such_pixels_is_one_line_that_names_one_of_its_files(tmp_path):
     for name in ("ant", "bee"):
         save(tmp_path / "train" / name / f"{name}.tif", Image.fromarray(ramp(0, 1, np.float32)))
-    with pytest.raises(UserError, match=r"train/ant: .*train/ant/ant.tif: 32-bit"):
+    with pytest.raises(UserError, match=r"class ant in train .*train/ant/ant.tif: 32-bit"):
         packed(tmp_path)
 
 
