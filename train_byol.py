@@ -120,7 +120,7 @@ def start(encoder: EncoderConfig, data: datasets.DataConfig, images: Images, see
     transform = EvalTransform.of(data, images.shape, mean, std)
     check_sizes(network, transform, [data.crop_size])
     if encoder.init == "random":
-        rows = np.unique(np.linspace(0, len(images) - 1, 64).astype(np.int64))
+        rows = np.unique(np.linspace(0, len(images) - 1, 32).astype(np.int64))
         measure_statistics(network, transform(images.take(rows)))
     return network, transform
 

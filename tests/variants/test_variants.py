@@ -101,7 +101,7 @@ def random_encoder(tmp_path_factory) -> float:
     save_encoder(folder / "encoder.pt", encoder, meta)
     flags = ["--ckpt", str(folder), "--recipe", "recipes/sample.toml", "--quiet"]
     forked.run(linear_eval.main, flags, limit=300)
-    return json.loads((folder / "linear/result.json").read_text())["top1"]
+    return json.loads((folder / "linear-sample/result.json").read_text())["top1"]
 
 
 @pytest.mark.slow
