@@ -84,8 +84,7 @@ class Session(contextlib.ExitStack):
         epochs = self.total / self.loader.steps_per_epoch
         trained = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
         text = (
-            f"{e}, init {init}: "
-            f"{trained:,} trained parameters\n"
+            f"{e}, init {init}: {trained:,} trained parameters\n"
             f"{p.world_size} x {p.device.type}, {self.precision.name}; {self.total:,} steps of "
             f"{o.batch_size} images ({epochs:.3g} epochs), {o.optimizer}, "
             f"learning rate {self.peak:g} after a warm-up of {self.warmup:,} steps"
