@@ -305,8 +305,9 @@ def differences(config: Config, saved: dict) -> list[str]:
     for section, table in sections.items():
         for name, option in options_of(type(table)).items():
             new = getattr(table, name)
-            old = saved.get(section, {}).get(name, new)
-            if option.field.metadata["trajectory"] and old != new:
+            default = getattr(type(table), name, new)  # lists have none
+            old = saved.get(section, {}).get(name, default)  # an older run lacks newer options
+            if option.field.metadata["trajectory"] and old not in (new, None):  # None: left open
                 key = name if table is config else f"{section}.{name}"
                 changed.append(f"{flag_of(key)} {old} -> {new}")
     return changed

@@ -117,8 +117,7 @@ def open_folder(config: Config, processes: Processes) -> TrainRun:
         raise UserError("--override: not with --sweep or --folds; choose another --out")
     out, settings = Path(run.out), as_dict(config)
     if config.sweep:  # it chooses these; result.json has them
-        for name in ("lr", "epochs", "steps"):
-            del settings["optim"][name]
+        settings["optim"] |= dict.fromkeys(("lr", "epochs", "steps"))
     with RunFolder(out, settings, processes, resume=run.resume, overwrite=run.overwrite):
         barrier()
     return dataclasses.replace(run, resume="auto", overwrite=False)

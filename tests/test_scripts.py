@@ -239,7 +239,8 @@ def test_a_sweep_chooses_inside_the_labels_and_then_uses_all_of_them(run, monkey
                        .read_text())  # fmt: skip
     assert (trial["measured_on"], trial["test_images"]) == ("validation", 10)
     saved = json.loads((run / "finetune-sweep-labels50-draw0" / "config.json").read_text())
-    assert not {"lr", "epochs", "steps"} & saved["config"]["optim"].keys()  # the sweep sets them
+    optim = saved["config"]["optim"]
+    assert [optim[k] for k in ("lr", "epochs", "steps")] == [None] * 3  # the sweep sets them
 
 
 SWEEP = ["--labels", "40", "--sweep", "--finetune.sweep-lr", "0.1", "0.2",

@@ -190,6 +190,15 @@ def test_R16_a_finished_run_of_other_settings_is_refused(whole, recipe, capsys):
     assert "--seed 0 -> 3" in text and text.count("\n") == 1 and tree(whole) == before
 
 
+def test_R16_an_option_that_is_newer_than_the_run_had_its_default(whole, recipe, capsys):
+    config = json.loads((whole / "config.json").read_text())
+    del config["config"]["byol"]["whiten"]
+    (whole / "config.json").write_text(json.dumps(config))
+    assert train(recipe, whole, "--resume")["complete"]
+    refused(recipe, whole, "--resume", "--byol.whiten")
+    assert "--byol.whiten False -> True" in capsys.readouterr().err
+
+
 def test_a_run_killed_between_its_last_checkpoint_and_its_result_finishes(whole, recipe):
     result = json.loads((whole / "result.json").read_text())
     ended(whole)
