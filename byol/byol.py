@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from core.options import option
+from training.all_gather import all_gather
 from training.method import Method
 
 
@@ -19,6 +20,23 @@ def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def normalize(x: Tensor) -> Tensor:
     """x / sqrt(max(sum x^2, 1e-12)) along the last dimension, as in the authors' code."""
     return x * x.square().sum(dim=-1, keepdim=True).clamp(min=1e-12).rsqrt()
+
+
+def whiten(z: Tensor) -> Tensor:
+    """Targets (2, B, D), each view centered, decorrelated over the GLOBAL batch; no gradient.
+
+    As in W-MSE (arXiv 2007.06346), by the inverse of the covariance's Cholesky factor.  Before, the
+    covariance is divided by its norm and 0.01 is added to its diagonal, so that no direction is
+    enlarged more than tenfold; weak ones therefore stay somewhat weaker and correlated.
+    """
+    everything = all_gather(z.transpose(0, 1))  # (N, 2, D)
+    mean = everything.mean(0)
+    x = (everything - mean).flatten(0, 1)
+    covariance = x.T @ x
+    covariance /= torch.linalg.vector_norm(covariance).clamp(min=1e-12)
+    covariance.diagonal().add_(0.01)
+    factor = torch.linalg.cholesky_ex(covariance).L  # without _ex, the CPU would wait for the GPU
+    return torch.linalg.solve_triangular(factor, (z - mean[:, None]).mT, upper=False).mT
 
 
 def target_decay(base_tau: float, progress: float) -> float:
@@ -64,6 +82,7 @@ class BYOL(Method):
         hidden: int = option(4096, "hidden size of projector and predictor", low=1)
         projection: int = option(256, "output size of projector and predictor", low=1)
         predictor: bool = option(True, "without a predictor the outputs collapse (Table 5b)")
+        whiten: bool = option(False, "decorrelate the targets over the batch (not the paper's)")
 
     def __init__(self, encoder: nn.Module, config: Config) -> None:
         super().__init__(encoder, config)
@@ -93,8 +112,13 @@ class BYOL(Method):
 
     def loss(self, outputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch mean of the SUM of both directions: 0..8, 4 for random outputs (Sec. 3.1)."""
-        (q1, q2), (z1, z2) = outputs["prediction"], outputs["target"].detach()
+        (q1, q2), (z1, z2) = outputs["prediction"], self.targets(outputs)
         return (regression_loss(q1, z2) + regression_loss(q2, z1)).mean(), {}
+
+    def targets(self, outputs: dict[str, Tensor]) -> Tensor:
+        """What the predictions are compared with: the target's projections (2, B, D)."""
+        z = outputs["target"].detach()
+        return whiten(z) if self.config.whiten else z
 
     @torch.no_grad()
     def after_step(self, progress: float) -> dict[str, float]:

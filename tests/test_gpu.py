@@ -37,9 +37,10 @@ def test_mixed_precision_trains(recipe, tmp_path, precision):
     assert bool(state["scaler"]) is (precision == "fp16")
 
 
-def test_float32_agrees_with_the_cpu(recipe, tmp_path):
+@pytest.mark.parametrize("targets", ["--no-byol.whiten", "--byol.whiten"])
+def test_float32_agrees_with_the_cpu(recipe, tmp_path, targets):
     """The same images and views: losses and gradients of three batches at the same weights."""
-    flags = ["--steps", "3", "--optimizer", "sgd", "--lr", "0"]
+    flags = ["--steps", "3", "--optimizer", "sgd", "--lr", "0", targets]
     cuda = train(recipe, tmp_path / "cuda", *flags)
     python("train_byol.py", "--recipe", recipe, "--out", tmp_path / "cpu", *flags)
     cpu = metrics(tmp_path / "cpu")
@@ -101,7 +102,7 @@ from training.stopping import Watch
 
 flags = ["--recipe", sys.argv[1], "--out", sys.argv[2], "--device", "cuda", "--precision", "bf16"]
 config = train_byol.configure([*flags, "--data-on-device", sys.argv[3], "--optimizer", sys.argv[4],
-                               "--lr", "0.01"])
+                               "--lr", "0.01", "--byol.whiten"])
 processes = start("cuda", 1, 60, quiet=True)
 data = datasets.load(config.data)
 images, _ = data.pretraining(config.data.pretrain_on)

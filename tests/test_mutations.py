@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BYOL, GOLDEN = "tests/byol/test_byol.py", "tests/byol/test_golden.py"
 VIEWS, LOADER, DATA = (f"tests/data/test_{n}.py" for n in ("views", "loader", "datasets"))
+TWO = "tests/training/test_distributed.py"
 LARS, LOOP = "tests/training/test_optimizers.py", "tests/training/test_loop.py"
 PLAN, RESUME = "tests/training/test_schedules.py", "tests/training/test_resume.py"
 SAVING, STOPPING = (f"tests/training/test_{n}.py" for n in ("checkpoints", "stopping"))
@@ -40,6 +41,16 @@ MUTATIONS = {
     "gradient to the target": (
         "byol/byol.py", 'outputs["target"].detach()', 'outputs["target"]',
         f"{BYOL} -k loss_detaches"),
+    "whitening by one rank's images": (
+        "byol/byol.py", "everything = all_gather(z.transpose(0, 1))",
+        "everything = z.transpose(0, 1)", f"{TWO} -k two_processes_are_one"),
+    "whitening without the means": (
+        "byol/byol.py", "x = (everything - mean).flatten(0, 1)", "x = everything.flatten(0, 1)",
+        f"{BYOL} -k whitening_is"),
+    "the factor instead of its inverse": (
+        "byol/byol.py", "torch.linalg.solve_triangular(factor,",
+        "(lambda f, x, upper: f @ x)(factor,",
+        f"{BYOL} -k whiten"),
     "loss in half precision": (
         "training/loop.py", "outputs = at_least_float32(outputs)", "pass", f"{LOOP} -k float32"),
     "loss inside autocast": (

@@ -45,7 +45,7 @@ class MoCoV3(BYOL):
 
     def loss(self, outputs):
         """The sum of both directions (Algorithm 1)."""
-        (q1, q2), (k1, k2) = outputs["prediction"], outputs["target"]
+        (q1, q2), (k1, k2) = outputs["prediction"], self.targets(outputs)
         t = self.config.temperature
         return contrast(q1, k2, t) + contrast(q2, k1, t), {}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from byol.byol import BYOL, mlp, target_decay
+from byol.byol import BYOL, mlp, target_decay, whiten
 from training.encoder import Encoder
 
 
@@ -68,10 +68,11 @@ def test_no_gradient_reaches_the_target_and_every_online_parameter_has_one():
         assert (parameter.grad is None) is target, name
 
 
-def test_loss_detaches_the_target_whatever_forward_gave():
+@pytest.mark.parametrize("whiten", [False, True])
+def test_loss_detaches_the_target_whatever_forward_gave(whiten):
     z = torch.randn(2, 3, 8, requires_grad=True)
     q = torch.randn(2, 3, 8, requires_grad=True)
-    loss_of(build(), q[0], q[1], z[0], z[1]).backward()
+    loss_of(build(whiten=whiten), q[0], q[1], z[0], z[1]).backward()
     assert z.grad is None and q.grad is not None
 
 
@@ -194,3 +195,67 @@ def test_heads_start_truncated_at_two_scales():
         # a normal cut at 2 sigma: var = 1 - 4 phi(2) / (Phi(2) - Phi(-2)) = 0.77374
         assert weight.std().item() == pytest.approx(0.77374**0.5 * scale, rel=1e-2)
         assert weight.mean().abs() < 4 * scale / weight.numel() ** 0.5
+
+
+def correlated(count: int, seed: int = 0) -> torch.Tensor:
+    """Two views (2, count, 5) with means of their own, strongly correlated features."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(5, 5)) * [3, 1, 1, 0.5, 0.5]
+    return torch.from_numpy(rng.normal(size=(2, count, 5)) @ mixing.T + [[[4.0]], [[-7.0]]])
+
+
+def test_whitening_is_that_of_the_covariance_of_both_views():
+    """Against the conditions that define it: L^-1 is triangular, L L^T is the covariance."""
+    z = correlated(400)
+    found = whiten(z).numpy()
+    x = (z - z.mean(1, keepdim=True)).numpy()
+    covariance = np.cov(x.reshape(-1, 5), rowvar=False)
+    covariance = covariance / np.sqrt((covariance**2).sum()) + 0.01 * np.eye(5)
+    applied = np.linalg.lstsq(x.reshape(-1, 5), found.reshape(-1, 5), rcond=None)[0].T
+    np.testing.assert_allclose(applied, np.tril(applied), atol=1e-9)
+    np.testing.assert_allclose(applied @ covariance @ applied.T, np.eye(5), atol=1e-9)
+    assert (np.diag(applied) > 0).all() and np.linalg.norm(applied, 2) <= 10
+    np.testing.assert_allclose(found.mean(1), 0, atol=1e-9)  # of each view
+
+
+def test_whitened_features_do_not_correlate_and_weak_ones_stay_weak():
+    z = correlated(4000)
+    z[:, :, 4] = 1e-6 * torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)).double()
+    covariance = np.cov(whiten(z).flatten(0, 1).numpy(), rowvar=False)
+    variances = np.diag(covariance)
+    weak = variances[4] / variances[:4].max()
+    assert weak < 1e-6
+    correlation = covariance / np.sqrt(np.outer(variances, variances))
+    before = np.corrcoef(z.flatten(0, 1).numpy()[:, :4], rowvar=False)
+    off = ~np.eye(4, dtype=bool)
+    assert np.abs(correlation[:4, :4][off]).max() < 0.3 < np.abs(before[off]).max()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_whitening_does_not_depend_on_the_scale(scale):
+    z = correlated(50)
+    torch.testing.assert_close(whiten(scale * z) / scale, whiten(z))
+
+
+def test_whitening_survives_equal_images_and_fewer_images_than_features():
+    method, q = build(whiten=True), torch.randn(2, 7, 5, requires_grad=True)
+    for z in (torch.full((2, 7, 5), 1e4 / 3), torch.ones(2, 7, 5)):
+        loss_of(method, q[0], q[1], z[0], z[1]).backward()
+        assert torch.isfinite(q.grad).all()
+    assert torch.isfinite(whiten(torch.randn(2, 3, 64))).all()
+
+
+def test_whitening_in_float32_is_close_to_float64():
+    torch.manual_seed(0)
+    z = torch.randn(2, 64, 256, dtype=torch.float64) * torch.logspace(0, -6, 256).double()
+    torch.testing.assert_close(whiten(z.float()).double(), whiten(z), rtol=1e-3, atol=1e-4)
+
+
+def test_predictions_are_compared_with_whitened_targets_where_asked_for():
+    z, q = correlated(8), torch.randn(2, 8, 5, dtype=torch.float64)
+    outputs = {"prediction": q, "target": z}
+    plain, whitened = build(), build(whiten=True)
+    assert torch.equal(plain.targets(outputs), z)
+    expected = plain.loss({"prediction": q, "target": whiten(z)})[0]
+    assert torch.equal(whitened.loss(outputs)[0], expected)
+    assert not torch.equal(plain.loss(outputs)[0], expected)

@@ -29,13 +29,13 @@ from training.optimizers import build_optimizer
 CPU = torch.device("cpu")
 
 
-def train(images, accumulate: int, optimizer: str = "lars", batch_norm: str = "sync"):
+def train(images, accumulate, optimizer="lars", batch_norm="sync", whiten=False):
     """Four steps in float64; (parameters and buffers, losses summed over the processes)."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     processes = Processes(dist.get_rank() if ranks > 1 else 0, ranks, CPU)
     torch.manual_seed(0)
     encoder = Encoder("resnet18", "small", 1 / 16)
-    method = BYOL(encoder, BYOL.Config(hidden=16, projection=8)).double()
+    method = BYOL(encoder, BYOL.Config(hidden=16, projection=8, whiten=whiten)).double()
     loader = Loader(images, None, (ViewConfig(), View2Config()), 8, 16, *images.statistics(),
                     accumulate=accumulate, rank=processes.rank, world_size=ranks,
                     dtype=torch.float64)  # fmt: skip
@@ -50,16 +50,15 @@ def train(images, accumulate: int, optimizer: str = "lars", batch_norm: str = "s
     return {k: v.clone() for k, v in method.state_dict().items()}, losses, before
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_are_one(subset, accumulate):
+@pytest.mark.parametrize("accumulate, whiten", [(1, False), (2, False), (1, True), (2, True)])
+def test_two_processes_are_one(subset, accumulate, whiten):
     """To 1e-8 in float64: weights, target, running statistics and losses.
 
     Two micro-batches differ from one batch (batch norm sees halves), but not between processes.
     """
-    one, losses, _ = train(subset.unlabelled, accumulate)
-    (first, losses1, _), (second, losses2, _) = forked.run(
-        train, subset.unlabelled, accumulate, ranks=2
-    )
+    arguments = subset.unlabelled, accumulate, "lars", "sync", whiten
+    one, losses, _ = train(*arguments)
+    (first, losses1, _), (second, losses2, _) = forked.run(train, *arguments, ranks=2)
     assert digest(first) == digest(second) and losses1 == losses2
     assert losses1 == pytest.approx(losses, rel=1e-9)
     moved = 0.0

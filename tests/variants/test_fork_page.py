@@ -17,7 +17,7 @@ from torch import nn
 import finetune
 import linear_eval
 import train_byol
-from byol.byol import BYOL, regression_loss
+from byol.byol import BYOL, regression_loss, whiten
 from data import datasets
 from training import session
 from training.encoder import ENCODERS, Encoder
@@ -65,6 +65,9 @@ def test_the_classes_of_the_ablations_are_what_they_say():
     q, z = torch.randn(2, 2, 5, 4)
     loss, _ = namespace["OneDirection"](encoder, config).loss({"prediction": q, "target": z})
     assert loss == pytest.approx(regression_loss(q[0], z[1]).mean())
+    whitening = BYOL.Config(hidden=8, projection=4, whiten=True)
+    loss, _ = namespace["OneDirection"](encoder, whitening).loss({"prediction": q, "target": z})
+    assert loss == pytest.approx(regression_loss(q[0], whiten(z)[1]).mean())
     bare = namespace["NoBatchNorm"](encoder, config)
     heads = (bare.projector, bare.predictor, bare.target_projector)
     assert not [m for head in heads for m in head.modules() if isinstance(m, nn.BatchNorm1d)]

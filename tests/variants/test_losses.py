@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from byol.byol import BYOL
+from byol.byol import BYOL, whiten
 from variants.barlow_twins import BarlowTwins
 from variants.dino import DINO
 from variants.moco_v3 import MoCoV3
@@ -132,6 +132,15 @@ def test_moco_v3_is_the_sum_of_both_contrasts():
     assert loss.item() == pytest.approx(expected)
     loss.backward()
     assert q.grad.abs().sum() > 0 and k.grad is None
+
+
+def test_moco_v3_contrasts_whitened_keys_where_asked_for():
+    q, k = vectors(2, 5, 4), vectors(2, 5, 4) + 0.5
+    plain = method(MoCoV3, hidden=8, projection=4)
+    whitening = method(MoCoV3, hidden=8, projection=4, whiten=True)
+    loss, _ = whitening.loss({"prediction": q, "target": k})
+    assert torch.equal(loss, plain.loss({"prediction": q, "target": whiten(k)})[0])
+    assert not torch.allclose(loss, plain.loss({"prediction": q, "target": k})[0])
 
 
 def test_dino_is_the_mean_cross_entropy_of_large_views_with_all_others():
