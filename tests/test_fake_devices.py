@@ -193,7 +193,7 @@ class FastDINO(DINO):
 
 
 def make(method_class, encoder=None, **options):
-    options |= {k: v for k, v in SMALL.items() if hasattr(method_class.Config, k)}
+    options = {k: v for k, v in SMALL.items() if hasattr(method_class.Config, k)} | options
     classes = (4,) if issubclass(method_class, Baseline) else ()
     return method_class(encoder or Tiny(), method_class.Config(**options), *classes)
 
