@@ -15,7 +15,7 @@ import torch
 
 from core.errors import UserError
 from core.files import write_json
-from core.options import as_dict, option, parse
+from core.options import as_dict, flag_of, option, parse
 from data import datasets
 from data.labelled import Split, each_fold, evaluation
 from eval.augmented import AugmentedConfig, fit_augmented
@@ -29,7 +29,6 @@ from eval.trained import (
     ckpt_config,
     folder_beside,
     from_config,
-    on_another_set,
     prepare,
 )
 from training.checkpoints import save_file
@@ -104,14 +103,14 @@ def run(config: Config, processes: Processes) -> dict:
                 save_classifier(out / "classifier.pt", config, frozen, classifier, data.class_names)
             write_json(out / "result.json", result)
     chosen = f", {result['chosen']}" if result.get("chosen") else ""
-    more = f" --dataset {config.data.dataset}" if on_another_set(config) else ""
-    more += f" --labels {config.data.labels}" if config.data.labels else ""
+    typed = [(k, v) for k, v in config.typed.items() if k.startswith("data.") and v is not False]
+    words = [word for k, v in typed for word in (flag_of(k), *[str(v)] * (v is not True))]
     say(
         processes,
         f"{out}: {in_words(result)} on {result['test_images']:,} "
         f"{result['measured_on']} images with {result['labels']:,} labels "
         f"({name}{chosen}), {result['seconds']:.0f} s\n"
-        f"next: python finetune.py --ckpt {shlex.quote(config.ckpt)}{more}",
+        f"next: {shlex.join(['python', 'finetune.py', '--ckpt', config.ckpt, *words])}",
     )
     return result
 

@@ -115,8 +115,7 @@ def configure(argv: list[str]) -> Config:
     if len(set(names)) < len(names):
         raise UserError("--methods: two of them have the same `name`, or one is named twice")
     pretraining_settings(config)
-    if not several:
-        check_budgets(config)
+    check_budgets(config)
     return config
 
 
@@ -126,13 +125,19 @@ def pretraining_settings(config: Config) -> list[train_byol.Config]:
     return [train_byol.settings(typed, method_of(name)) for name in config.methods]
 
 
+def supervised_settings(config: Config) -> list[supervised.Config]:
+    """The settings of baseline and fine-tuning, which a table of several methods doesn't have."""
+    methods = (Baseline, Finetune) if len(config.methods) == 1 else ()
+    typed = {"recipe": config.recipe}
+    return [make_config(with_method(supervised.Config, method), typed) for method in methods]
+
+
 def check_budgets(config: Config) -> None:
     """UserError where a budget is smaller than the batch size of baseline or fine-tuning."""
     budget = min(config.reproduce.budgets)
-    for method in (Baseline, Finetune):
-        settings = make_config(with_method(supervised.Config, method), {"recipe": config.recipe})
+    for settings in supervised_settings(config):
         if settings.optim.batch_size > budget:
-            text = f"batches of [{method.name}] have {settings.optim.batch_size} images"
+            text = f"batches of [{settings.method_table}] have {settings.optim.batch_size} images"
             raise UserError(f"--reproduce.budgets {budget}: {text}; lower its batch_size")
 
 
@@ -151,7 +156,7 @@ class Table:
         barrier()  # all have read before the main process adds a cell
 
     def check(self) -> None:
-        """UserError where the data set is too small, before anything is measured."""
+        """UserError for a data set or batch that is too small, before anything is measured."""
         for budget in self.config.reproduce.budgets:
             try:
                 self.split(budget, self.config.reproduce.first_draw)
@@ -161,6 +166,11 @@ class Table:
         batch = max(s.optim.batch_size for s in pretraining_settings(self.config))
         if batch > len(images):
             raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
+        for s in (*pretraining_settings(self.config), *supervised_settings(self.config)):
+            parts, batch = self.processes.world_size * s.optim.accumulate, s.optim.batch_size
+            if batch % parts or batch < 2 * parts:
+                text = f"can't be cut into {parts} equal parts of at least 2 images"
+                raise UserError(f"recipe: [{s.method_table}] batch_size {batch}: {text}; change it")
         starting_point(self, "random", 0)  # checks the sizes
 
     def split(self, labels: int, draw: int) -> Split:
@@ -300,9 +310,9 @@ def pretrain(table: Table, method: type[Method], init: str, seed: int) -> Path:
 
 def prepare(config: Config) -> None:
     """Download data and published weights; what is missing is an error before the first row."""
-    datasets.prepare(config.data)
     for init in config.reproduce.inits:
         fetch(EncoderConfig(**vars(config.encoder), init=init))
+    datasets.prepare(config.data)
 
 
 def run(config: Config, processes: Processes) -> dict:

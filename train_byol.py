@@ -23,7 +23,7 @@ from data.images import Images
 from data.loader import Loader
 from data.transform import EvalTransform
 from data.views import View2Config, ViewConfig
-from eval.online import OnlineEval
+from eval.online import OnlineEval, held_out_order
 from training.command import execute
 from training.config import PretrainRun
 from training.distributed import Processes
@@ -79,10 +79,10 @@ def run(config: Config, processes: Processes, method_class: type[Method] = BYOL)
     encoder, transform = start(config.encoder, config.data, images, config.run.seed)
     method = method_class(encoder, config.method)
     if config.run.online_probe:
-        method, labels = add_probe(method, data, labels)
+        method = add_probe(method, data, labels)
 
     # training
-    labels = labels if method.uses_labels else None
+    labels = labels_for(method, data, labels, config.run.knn_every)
     views = method.views or (config.view1, config.view2)
     loader = Loader.of(config, images, labels, views, transform, processes)
     with (
@@ -103,14 +103,26 @@ def run(config: Config, processes: Processes, method_class: type[Method] = BYOL)
     return result
 
 
-def add_probe(method: Method, data: datasets.Dataset, labels):
-    """The method with a linear probe, and the labels with -1 for the held-out images."""
+def add_probe(method: Method, data: datasets.Dataset, labels) -> Method:
+    """The method with a linear probe."""
     if labels is None or labels.max() < 1:
         raise UserError("--online-probe: needs labelled images of two classes or more")
-    from eval.probe import OnlineProbe, hold_out_labels  # other runs start faster without it
+    from eval.probe import OnlineProbe  # other runs start faster without it
 
-    labels = hold_out_labels(labels, data.train_labels)
-    return OnlineProbe(method, len(data.class_names)), labels
+    return OnlineProbe(method, len(data.class_names))
+
+
+def labels_for(method: Method, data: datasets.Dataset, labels, knn_every: int):
+    """The labels for a method that uses them, with -1 for the images that k-NN holds out."""
+    if not method.uses_labels:
+        return None
+    if labels is None or labels.max() < 0:
+        raise UserError(f"{method.name}: needs labelled images, and --pretrain-on has none")
+    labels = labels.copy()
+    if knn_every:
+        order, queries = held_out_order(len(data.train_labels))
+        labels[order[:queries]] = -1  # labelled images come first, see `Dataset.pretraining`
+    return labels
 
 
 def start(encoder: EncoderConfig, data: datasets.DataConfig, images: Images, seed: int):
@@ -165,8 +177,8 @@ def report(result: dict, out: Path, processes: Processes) -> None:
 def prepare(config: Config) -> None:
     """Download the data set, and the published weights that --init names, if missing."""
     config.encoder.check_crop(config.data.crop_size)
+    fetch(config.encoder)  # first, since a data set may take hours
     datasets.prepare(config.data)
-    fetch(config.encoder)
 
 
 def main(method_class=BYOL, argv: list[str] | None = None) -> dict:

@@ -16,7 +16,7 @@ class Baseline(Method):
     # As in recipes/stl10.toml; steps instead of epochs, since labels are few.
     defaults = {
         "optim": dict(
-            optimizer="sgd", lr=0.1, weight_decay=5e-4, batch_size=100, steps=5000, warmup_epochs=0
+            optimizer="sgd", lr=0.1, weight_decay=5e-4, batch_size=96, steps=5000, warmup_epochs=0
         )
     }
 

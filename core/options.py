@@ -204,7 +204,7 @@ def make_config(
         else:
             flags[name] = options_of(config_class)[name].check(value, flag_of(key))
     if "optim.epochs" in typed and "optim.steps" not in typed:
-        tables["optim"].steps = 0  # --epochs replaces steps of a recipe or method
+        tables["optim"].steps = 0
     for name, table in tables.items():
         if hasattr(table, "check"):
             table.check(name)
@@ -228,6 +228,8 @@ def _override(tables: dict, method_table: str, values: dict, source: str) -> Non
             if key not in accepted:
                 raise UserError(f"{source}: [{name}] has no key {key}" + _hint(key, accepted))
             _set(tables, home, key, value, f"{source}: [{name}] {key}")
+            if (home, key) == ("optim", "epochs") and "steps" not in values[name]:
+                tables["optim"].steps = 0  # they replace the steps of an earlier source
 
 
 def _set(tables: dict, name: str, key: str, value, label: str) -> None:
@@ -254,6 +256,8 @@ def parse(config_class: type[Config], argv: list[str], description: str) -> dict
         name = word.split("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and name in REMOVED:
             raise UserError(f"{word} was removed: {REMOVED[name]}")
+    if "ckpt" in options_of(config_class):
+        description += "\nIn [...]: defaults, which the run of --ckpt and its recipe override."
     parser = Parser(description)
     defaults = make_config(config_class, {})
     _add_flags(parser, "", config_class, defaults)

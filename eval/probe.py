@@ -1,21 +1,10 @@
 """The online probe: a linear classifier trained along with a method, on detached features."""
 
-import numpy as np
+import torch
 from torch import nn
 
-from eval.online import held_out_order
+from training.distributed import sum_over_ranks
 from training.method import Method, groups_by_kind
-
-
-def hold_out_labels(labels: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
-    """The labels of pretraining with -1 (unknown) for the held-out images that test the probe.
-
-    Among the images of pretraining the labelled ones come first, see `Dataset.pretraining`.
-    """
-    order, queries = held_out_order(len(train_labels))
-    labels = labels.copy()
-    labels[order[:queries]] = -1
-    return labels
 
 
 class OnlineProbe(Method):
@@ -37,12 +26,17 @@ class OnlineProbe(Method):
         return outputs | {"probe": self.probe(outputs["representation"].detach())}
 
     def loss(self, outputs, labels):
-        """The method's loss plus the probe's mean cross-entropy over images of known label."""
-        loss, logs = self.method.loss(outputs)
+        """The method's loss plus the probe's mean cross-entropy over images of known label.
+
+        The mean is over those of all ranks, but of one micro-batch.
+        """
+        loss, logs = self.method.loss(outputs, *[labels] * self.method.uses_labels)
         logits = outputs["probe"].flatten(0, 1)  # (views x B, classes)
         labels = labels.repeat(len(outputs["probe"]))
         each = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
-        probe_loss = each.sum() / (labels >= 0).sum().clamp(min=1)
+        known = (labels >= 0).sum()
+        known, ranks = sum_over_ranks(torch.stack([known, torch.ones_like(known)]))
+        probe_loss = ranks * each.sum() / known.clamp(min=1)  # DDP averages over ranks
         return loss + probe_loss, logs | {"probe_loss": probe_loss}
 
     def parameter_groups(self, weight_decay):

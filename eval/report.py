@@ -182,8 +182,9 @@ def build(folders: list[Path]) -> str:
         parts |= {"tables": tables, "accuracy": picture(accuracy_figure, text, rows)}
     runs = {folder: result for folder, result in results.items() if "top1" not in result}
     evaluations = {folder: result for folder, result in results.items() if "top1" in result}
-    if evaluations:
-        most = max(evaluations.values(), key=lambda result: result["labels"])
+    sets = [run["dataset"] for run in (*runs.values(), *evaluations.values())]
+    if of_set := [result for result in evaluations.values() if result["dataset"] == sets[0]]:
+        most = max(of_set, key=lambda result: result["labels"])
         labelled = {k: most[k] for k in ("labels", "draw")} | {"evaluate_on": most["measured_on"]}
     if runs:
         metrics = {str(folder): read_metrics(folder / "metrics.jsonl") for folder in runs}

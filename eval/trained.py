@@ -219,10 +219,14 @@ def inherited_tables(weights: Weights) -> tuple[dict, dict]:
     return {"data": data, "encoder": shape}, recipe
 
 
-def on_another_set(config: CkptConfig) -> bool:
-    """Whether the data set is not that of the run of --ckpt."""
-    default = datasets.DataConfig.dataset
-    return config.data.dataset != config.weights.config.get("data", {}).get("dataset", default)
+def other_set(config: CkptConfig) -> str:
+    """The name of the data set or folder if it is not that of the run of --ckpt, else ""."""
+    data, of_run = config.data, config.weights.config.get("data", {})
+    if data.dataset != of_run.get("dataset", datasets.DataConfig.dataset):
+        return data.dataset
+    root = Path(data.data_root).resolve()
+    same = data.dataset != "folder" or root == Path(of_run["data_root"]).resolve()
+    return "" if same else root.name
 
 
 def folder_beside(config: CkptConfig, *names: str) -> str:
@@ -232,8 +236,8 @@ def folder_beside(config: CkptConfig, *names: str) -> str:
     where they are not the defaults.
     """
     data, parts = config.data, list(names)
-    if on_another_set(config):
-        parts.append(data.dataset)
+    if other := other_set(config):
+        parts.append(other)
     if data.labels:
         parts.append(f"labels{data.labels}-draw{data.draw}")
     if data.fold >= 0:

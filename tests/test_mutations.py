@@ -260,8 +260,7 @@ MUTATIONS = {
         "(*batches, batches[0])[processes.rank :: processes.world_size]",
         f"{FEATURES} -k two_processes"),
     "the probe sees what it is measured on": (
-        "train_byol.py", "labels = hold_out_labels(labels, data.train_labels)", "pass",
-        f"{LOOP} -k probe"),
+        "train_byol.py", "labels[order[:queries]] = -1", "pass", f"{LOOP} -k shows_the_probe"),
     "settings chosen on test images": (
         "eval/supervised.py", "split.train.hold_out() if config.sweep else None", "split",
         f"{SCRIPTS} -k sweep_chooses"),

@@ -126,7 +126,12 @@ def test_a_table_refuses_before_it_measures_anything(small, capsys, methods):
         (["2", "6", "--evaluate-on", "validation"], "--reproduce.budgets 6 leaves no labelled"),
     ):
         assert expected in refused(capsys, reproduce, *table, *words)
-    text = Path("small.toml").read_text().replace("batch_size = 2", "batch_size = 8", 1)
+    text = Path("small.toml").read_text()
+    Path("small.toml").write_text(
+        text.replace("batch_size = 2", "batch_size = 2\naccumulate = 2", 1)
+    )
+    assert "can't be cut into 2 equal parts" in refused(capsys, reproduce, *table, "2")
+    text = text.replace("batch_size = 2", "batch_size = 8", 1)
     Path("small.toml").write_text(text)
     assert "there are only 6 training images" in refused(capsys, reproduce, *table, "2")
     assert not Path("table").exists()

@@ -82,7 +82,7 @@ def wrap(method: nn.Module, processes: Processes, batch_norm: str, compiled=Fals
         method = convert_batch_norm(method, processes.device)
     if compiled:
         torch.compiler.reset()  # graphs of earlier runs count towards dynamo's limit of eight
-        method.compile(dynamic=False)  # all batches of a run have one shape: one graph
+        method.compile(dynamic=False)  # one shape, one graph; SyncBatchNorm splits it
     method.to(processes.device, memory_format=memory_format(processes.device))
     if processes.world_size == 1:
         return method

@@ -244,11 +244,11 @@ def initialize(config: EncoderConfig, images) -> tuple[nn.Module, list[float], l
 
 
 def fetch(config: EncoderConfig) -> None:
-    """Download the published weights that --init names, if missing."""
-    if config.init == "imagenet":
-        from training.weights import imagenet_file  # not for random weights
+    """Download the published weights that --init names, if missing; UserError for a bad file."""
+    if config.init != "random":
+        from training.weights import initial_weights  # not for random weights
 
-        imagenet_file(config)
+        initial_weights(config).encoder(config, f"--init {config.init}")
 
 
 def save_encoder(path: Path, encoder: nn.Module, meta: dict) -> None:

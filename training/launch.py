@@ -43,8 +43,10 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
     kind = pick_device(device)
     if kind not in BACKENDS and (gpus > 1 or os.environ.get("WORLD_SIZE", "1") != "1"):
         raise UserError(f"--device {kind}: runs in one process; leave out --gpus and torchrun")
-    if kind == "cuda" and gpus > torch.cuda.device_count():
-        raise UserError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}")
+    count, asked = torch.cuda.device_count(), max(gpus, started)
+    if kind == "cuda" and asked > count:
+        flag = "--gpus" if gpus > count else "--nproc-per-node"
+        raise UserError(f"{flag} {asked}: this machine has {count}")
     if gpus in (1, started):
         return
     if started > 1 or RELAUNCHED in os.environ:

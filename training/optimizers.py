@@ -29,9 +29,11 @@ class OptimConfig:
         return self.steps or self.epochs * steps_per_epoch
 
     def check(self, label: str) -> None:
-        """UserError for a learning rate far too high for adamw."""
+        """UserError for a learning rate far too high for adamw, and for half of Nesterov's sgd."""
         if self.optimizer == "adamw" and self.lr > 0.05:
             raise UserError(f"--lr {self.lr:g} is a rate for lars or sgd; adamw wants about 1e-3")
+        if self.optimizer == "sgd" and self.nesterov and not self.momentum:
+            raise UserError("--momentum 0: Nesterov's needs one; add --no-nesterov")
 
 
 class LARS(Optimizer):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_byol
 from byol.byol import BYOL
 from data.datasets import Dataset
 from data.images import Images
@@ -18,7 +19,6 @@ from eval.collapse import collapse_metrics
 from eval.features import extract
 from eval.knn import knn_top1
 from eval.online import OnlineEval, held_out_order
-from eval.probe import hold_out_labels
 from training.distributed import SINGLE, Processes
 from training.encoder import Encoder
 
@@ -84,7 +84,8 @@ def test_queries_are_held_out_of_the_bank():
 def test_the_probe_never_sees_the_labels_it_is_measured_on():
     pictures, labels = images()
     everything = np.concatenate([labels, np.full(7, -1)])
-    seen = hold_out_labels(everything, labels)
+    data = Dataset(pictures, labels, None, None, None, [])
+    seen = train_byol.labels_for(SimpleNamespace(uses_labels=True), data, everything, 1)
     order, queries = held_out_order(len(labels))
     assert queries == online().queries == 12 and (seen[order[:12]] == -1).all()
     assert (seen[order[12:]] == labels[order[12:]]).all() and (seen[60:] == -1).all()

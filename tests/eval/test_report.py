@@ -158,6 +158,17 @@ def test_runs_of_the_scripts_have_a_row_each(sample, trained_run, tmp_path):
     assert page.text["td"][first : first + 5] == row
 
 
+def test_an_evaluation_on_another_set_changes_no_picture(sample, trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    before = Page(report.build([tmp_path / "run"]))
+    other = json.loads((tmp_path / "run/linear/result.json").read_text())
+    other |= {"dataset": "cifar10", "labels": 50000}
+    (tmp_path / "run/linear-cifar10").mkdir()
+    (tmp_path / "run/linear-cifar10/result.json").write_text(json.dumps(other))
+    after = Page(report.build([tmp_path / "run"]))
+    assert "cifar10" in after.text["td"] and after.text["h2"] == before.text["h2"]
+
+
 NASTY = [
     "\udcff\udcfe", r"$\foo$", "_x", "a|b`c`\\", "<script>&\"'", "line\nbreak\ttab", "\u202eright",
     "😀日本語", "n" * 250, "'><img src=x>",

@@ -177,7 +177,8 @@ def test_evaluations_on_several_data_sets_stand_side_by_side(sample, trained_run
     linear_eval.main([*flags, "--quiet"])
     linear_eval.main([*flags, "--dataset", "imagenette", "--store-size", "28"])
     assert "finetune.py --ckpt " in (said := capsys.readouterr().out)
-    assert said.endswith(" --dataset imagenette\n")
+    flags = ["--data-root", str(tmp_path), "--dataset", "imagenette", "--store-size", "28"]
+    assert sorted(said.split()[-6:]) == sorted(flags)
     files = (tmp_path / "run").glob("*/result.json")
     results = {path.parent.name: json.loads(path.read_text()) for path in files}
     assert results["linear-imagenette"]["top1"] == 100.0
@@ -195,6 +196,17 @@ def test_another_data_set_is_not_put_among_the_images_of_a_folder(trained_run, t
     flags += ["--dataset", "dtd"]
     assert linear_eval.configure(flags).data.data_root == "datasets"
     assert linear_eval.configure([*flags, "--data-root", "here"]).data.data_root == "here"
+
+
+def test_another_folder_is_another_data_set(trained_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["config"]["data"] |= {"dataset": "folder", "data_root": "a"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    flags = ["--ckpt", "run", "--dataset", "folder", "--data-root"]
+    assert linear_eval.configure([*flags, "../" + tmp_path.name + "/a"]).run.out == "run/linear"
+    assert linear_eval.configure([*flags, "b/c"]).run.out == "run/linear-c"
 
 
 def test_a_file_without_its_run_is_evaluated_at_its_size(trained_run, tmp_path):

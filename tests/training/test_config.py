@@ -110,6 +110,7 @@ WRONG_FLAGS = [
     ("--stem cifra", "--stem", "cifar"),
     ("--optimizer adam", "--optimizer", "adamw"),
     ("--momentum 1", "--momentum", "0.9999"),
+    ("--optimizer sgd --nesterov --momentum 0", "--momentum 0", "--no-nesterov"),
     ("--view1.area 0.5", "view1.area", "two values"),
     ("--view1.area 0.9 0.2", "view1.area", "smaller first"),
     ("--view1.area 0.9 1.2", "--view1.area", "at most 1"),
@@ -258,6 +259,17 @@ def test_epochs_that_are_typed_take_the_place_of_a_recipes_steps(tmp_path):
     assert train_baseline.configure(["--epochs", "3"]).optim.total_steps(10) == 30
 
 
+def test_epochs_of_a_recipe_take_the_place_of_the_methods_steps(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("[baseline]\nepochs = 3\n[optim]\nsteps = 7\n[byol]\nepochs = 2\n")
+    recipe = ["--recipe", str(path)]
+    assert train_baseline.configure(recipe).optim.total_steps(10) == 30
+    assert train_byol.configure(recipe).optim.total_steps(10) == 20
+    assert train_byol.configure([*recipe, "--steps", "5"]).optim.total_steps(10) == 5
+    path.write_text("[baseline]\nepochs = 3\nsteps = 6\n")
+    assert train_baseline.configure(recipe).optim.total_steps(10) == 6
+
+
 def test_differences_are_those_that_shape_the_run():
     saved = as_dict(train_byol.configure([]))
     flags = ["--lr", "0.2", "--byol.base-tau", "0.5", "--log-every", "7", "--out", "x",
@@ -326,7 +338,7 @@ def test_a_recipes_optim_is_for_pretraining_alone(tmp_path, sample, recipe):
     train_byol.main(argv=run)
     tuned = finetune.configure(["--ckpt", str(tmp_path / "run"), *words]).optim
     assert (tuned.optimizer, tuned.lr, tuned.steps) == ("sgd", 0.05, 7)
-    assert (tuned.nesterov, tuned.batch_size, tuned.warmup_epochs) == (True, 100, 0)
+    assert (tuned.nesterov, tuned.batch_size, tuned.warmup_epochs) == (True, 96, 0)
     # the recipe that the run itself was trained by
     inherited = finetune.configure(["--ckpt", str(tmp_path / "run")]).optim
     assert (inherited.optimizer, inherited.weight_decay, inherited.steps) == ("sgd", 0.0, 5)

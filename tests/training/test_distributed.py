@@ -311,6 +311,9 @@ def test_L3_more_gpus_than_there_are(exec_, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="--gpus 3: this machine has 2"):
         relaunch_if_needed(3, "auto", ARGUMENTS)
+    launched(monkeypatch, 4)
+    with pytest.raises(UserError, match="--nproc-per-node 4: this machine has 2"):
+        relaunch_if_needed(1, "auto", ARGUMENTS)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda"):
         relaunch_if_needed(2, "cuda", ARGUMENTS)

@@ -259,3 +259,36 @@ def test_a_probed_run_never_shows_the_probe_what_it_is_measured_on(
     result = train_byol.main(argv=[*flags, "--steps", "5", "--knn-every", "5"])
     assert sum(seen) == 80  # one epoch of 320 images: 100 labelled, a fifth of them held out
     assert 0 <= result["online_probe_top1"] <= 100
+
+
+class Supervised(Method):
+    """A method that uses labels, in pretraining."""
+
+    name = "supervised"
+    defaults = {"optim": {"optimizer": "sgd", "lr": 0.05}}
+    uses_labels = True
+    seen = []
+
+    @dataclass
+    class Config:
+        """[supervised]: nothing."""
+
+    def forward(self, *views):
+        return {"representation": torch.stack([self.encoder(view) for view in views])}
+
+    def loss(self, outputs, labels):
+        self.seen.append(int((labels >= 0).sum()))
+        return outputs["representation"][:, labels >= 0].square().mean(), {}
+
+
+@pytest.mark.parametrize("more", [[], ["--online-probe"]])
+@pytest.mark.parametrize("knn_every, known", [("5", 80), ("0", 100)])
+def test_a_method_with_labels_never_sees_those_that_knn_holds_out(
+    sample, recipe, tmp_path, more, knn_every, known
+):
+    Supervised.seen.clear()
+    flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--steps", "5", "--quiet", *more]
+    train_byol.main(Supervised, [*flags, "--knn-every", knn_every])
+    assert sum(Supervised.seen) == known
+    with pytest.raises(SystemExit):
+        train_byol.main(Supervised, [*flags[:2], "--pretrain-on", "unlabelled", "--out", "no"])
