@@ -43,7 +43,7 @@ def settings(typed: dict) -> Config:
 def run(config: Config, processes: Processes) -> dict:
     """Fine-tune the encoder of --ckpt; returns the content of result.json."""
     say(processes, f"fine-tuning the encoder of {config.ckpt}")
-    more = {"pretrain_seed": config.weights.meta.get("seed")}
+    more = {f"pretrain_{k}": config.weights.meta.get(k) for k in ("seed", "step")}
     start = partial(from_config, config)
     return train_all(config, Job(Finetune, start, config.ckpt, processes, more))
 

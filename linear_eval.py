@@ -94,7 +94,7 @@ def run(config: Config, processes: Processes) -> dict:
         method = f"{config.weights.meta.get('method', 'encoder')}-{config.head}"
         results.append(record(name, method, config, split, **metrics))
     result = over_folds(results) if config.folds else results[0]
-    result["pretrain_seed"] = config.weights.meta.get("seed")
+    result |= {f"pretrain_{k}": config.weights.meta.get(k) for k in ("seed", "step")}
     result["frame"] = [transform.size, transform.crop]
     result["seconds"] = round(time.perf_counter() - started, 1)
     with RunFolder(out, as_dict(config), processes, overwrite=config.run.overwrite):

@@ -14,6 +14,7 @@ To choose settings, add `--evaluate-on validation --reproduce.first-draw 1000`: 
 labelled train images outside the label draw, and takes draws that are in no published table.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -35,7 +36,7 @@ import train_byol
 from baseline.baseline import Baseline, Finetune
 from core import options
 from core.errors import UserError
-from core.files import read_json, write_json
+from core.files import lock_folder, read_json, write_json
 from core.options import make_config, option, options_of, parse, with_method
 from data import datasets
 from data.images import Images
@@ -142,18 +143,25 @@ def check_budgets(config: Config) -> None:
 
 
 class Table:
-    """What all rows share: settings, data, and the cells measured so far."""
+    """What all rows share: settings, data and, once it is `opened`, the cells measured so far."""
 
     def __init__(self, config: Config, processes: Processes) -> None:
         self.config, self.processes, self.out = config, processes, Path(config.run.out)
         self.data = datasets.load(config.data)
         self.check()
-        if processes.main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            keep_settings(self.out / "settings.json", config)
-        barrier()
-        self.cells = Cells(self.out / "cells.jsonl", processes.main)
-        barrier()  # all have read before the main process adds a cell
+
+    @contextlib.contextmanager
+    def opened(self):
+        """Context with the cells measured so far, which locks the folder."""
+        with contextlib.ExitStack() as stack:
+            if self.processes.main:
+                self.out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_folder(self.out))
+                keep_settings(self.out / "settings.json", self.config, self.data.digest())
+            barrier()
+            self.cells = Cells(self.out / "cells.jsonl", self.processes.main)
+            barrier()  # all have read before the main process adds a cell
+            yield
 
     def check(self) -> None:
         """UserError for a data set or batch that is too small, before anything is measured."""
@@ -204,15 +212,17 @@ class Table:
         return typed | {"run.out": str(self.out / folder), "run.resume": "auto"} | more
 
 
-def keep_settings(path: Path, config: Config) -> None:
-    """Write the settings that shape the cells; UserError if --out has cells of others."""
+def keep_settings(path: Path, config: Config, digest: list) -> None:
+    """Write the settings that shape the cells; UserError if --out has cells of others.
+
+    digest   of the data set; older tables lack it
+    """
     settings = shaping({"recipe": config.recipe_tables, "flags": config.typed})
-    if path.exists() and shaping(read_json(path)) != settings:
-        raise UserError(
-            f"--out {path.parent} holds a table of another recipe or other flags; "
-            "choose another --out"
-        )
-    write_json(path, settings)
+    old = read_json(path) if path.exists() else settings
+    if shaping(old) != settings or old.get("data", digest) != digest:
+        what = "another recipe or other flags" if shaping(old) != settings else "other images"
+        raise UserError(f"--out {path.parent} holds a table of {what}; choose another --out")
+    write_json(path, settings | {"data": digest})
 
 
 def shaping(settings: dict) -> dict:
@@ -317,7 +327,14 @@ def prepare(config: Config) -> None:
 
 def run(config: Config, processes: Processes) -> dict:
     """Measure all rows and write the table into --out; returns the content of its JSON files."""
-    table, r = Table(config, processes), config.reproduce
+    table = Table(config, processes)
+    with table.opened():
+        return measure(table)
+
+
+def measure(table: Table) -> dict:
+    """Measure the rows that are missing and write the results."""
+    config, r = table.config, table.config.reproduce
     methods = [method_of(name) for name in config.methods]
     alone = len(methods) == 1
     inits, heads = (r.inits, ("knn", "linear", "mlp")) if alone else (["random"], ("linear", "knn"))
@@ -390,8 +407,9 @@ def notes(table: Table, rows: list[dict], runs: list[Path]) -> list[str]:
     data, p = table.config.data, table.processes
     seconds = np.mean([read_json(run / "result.json")["seconds"] for run in runs])
     threads = read_json(runs[0] / "config.json")["threads"]
+    counts = ", ".join(f"{n:,}" for n in dict.fromkeys(row["test_images"] for row in rows))
     lines = [
-        f"{data.dataset}: measured on {rows[0]['test_images']:,} {data.evaluate_on} images. "
+        f"{data.dataset}: measured on {counts} {data.evaluate_on} images. "
         f"Pretraining took {seconds:.0f} s per seed on {p.world_size} x {p.device.type} "
         f"({processor(p.device)}), {threads} threads; "
         "`seconds` is the time of one cell, without pretraining and feature extraction.",

@@ -27,6 +27,10 @@ class RunError(Exception):
     """A run that can't continue: one line with the reason and what to do next."""
 
 
+class NotFinite(RunError):
+    """A loss or weight of a run has become NaN or infinite."""
+
+
 class Stopped(Exception):
     """A run has saved and ends before its last step; `asked`: by a signal, not --stop-after."""
 

@@ -94,6 +94,19 @@ def open_locked(path: Path, wait: bool = False) -> TextIO | None:
     return None
 
 
+def lock_folder(folder: Path) -> TextIO:
+    """The locked file `folder`/.lock, with this process's id; UserError if another one has it."""
+    file = open_locked(folder / ".lock")
+    if file is None:
+        with open(folder / ".lock", encoding="ascii") as held:
+            held.seek(1)
+            raise UserError(f"--out {folder}: in use by process {held.read()}")
+    file.truncate(0)
+    file.write(f" {os.getpid()}")
+    file.flush()
+    return file
+
+
 @contextlib.contextmanager
 def locked(path: Path, flag: str = "--data-root"):
     """Context that holds the lock on the file `path`, created if missing and never removed.

@@ -1,5 +1,6 @@
 """The data sets by name, the options of [data], and the images for pretraining."""
 
+import hashlib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,10 @@ class DataConfig:
     crop_size: int = option(96, "side of the views, pixels", low=8)
     store_size: int = option(160, "side of the squares packed from image files, pixels", low=8)
     eval_size: int = option(
-        0, "short side before the crop (0: up to 96 pixels whole, else 8/7 of --crop-size)", low=0
+        0,
+        "short side before the crop (0: up to 96 pixels whole, and not below --crop-size; else 8/7 "
+        "of it)",
+        low=0,
     )
     strict: bool = running(False, "stop at unreadable image files instead of leaving them out")
 
@@ -76,6 +80,13 @@ class Dataset:
     class_names: list[str]
     folds: list[np.ndarray] | None = None
     files: dict[str, list[str]] | None = None  # split -> file names, in the images' order
+
+    def digest(self) -> list:
+        """A fingerprint of the images, their labels and the classes' names."""
+        images = [x.digest() for x in (self.train, self.unlabelled, self.test) if x is not None]
+        labels = [y.tobytes() for y in (self.train_labels, self.test_labels) if y is not None]
+        classes = repr(self.class_names).encode()
+        return [*images, hashlib.sha256(b"".join([*labels, classes])).hexdigest()[:16]]
 
     def pretraining(self, pretrain_on: str) -> tuple[Images, np.ndarray]:
         """Images to pretrain on and their labels, -1 where unknown."""

@@ -11,6 +11,7 @@ from PIL import Image
 
 from core.errors import UserError, printable
 
+SPLITS = ("train", "test", "val", "unlabelled", "unlabeled")
 FORMAT = 3  # version of the packs; a new number repacks all folders
 # Folders that operating systems, network storage and archivers make, in lower case.
 SYSTEM = "__macosx @eadir @recycle #recycle #snapshot ~snapshot $recycle.bin lost+found".split()
@@ -34,10 +35,16 @@ def list_images(root: Path) -> Listing:
     """The images below `root` by split and class; UserError if there are none to train on."""
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder; name the one that holds your images")
+    for name in sorted(os.listdir(root)):
+        if name != name.lower() in SPLITS and (root / name).is_dir():
+            raise UserError(f"--data-root {root}: rename {name} to {name.lower()}")
     labelled = os.path.lexists(root / "train")
-    if not labelled and (root / "test").is_dir():
-        raise UserError(f"--data-root {root}: test/ without train/; add train/, or rename test/")
-    test = "test" if os.path.lexists(root / "test") else "val"  # as in ImageNet's layout
+    for test in ("test", "val"):
+        if not labelled and (root / test).is_dir():
+            text = f"{test}/ without train/; add train/, or rename {test}/"
+            raise UserError(f"--data-root {root}: {text}")
+    # val/ as in ImageNet's layout, where test/ may hold images of unknown class
+    test = "test" if _has_folders(root / "test") or not _has_folders(root / "val") else "val"
     files, ignored, digest = {}, Counter(), hashlib.sha256(str(FORMAT).encode())
     for path in _walk(root):
         split, name = _place(path, labelled, test)
@@ -59,6 +66,10 @@ def list_images(root: Path) -> Listing:
     if labelled:
         _sort_classes(root, files, test)
     return Listing(files, others, digest.hexdigest()[:32])
+
+
+def _has_folders(path: Path) -> bool:
+    return any(child.is_dir() and _is_visible(child.name) for child in path.glob("*"))
 
 
 def image_files(root: Path) -> list[str]:

@@ -52,6 +52,7 @@ def prepare(root: Path, data: DataConfig) -> None:
         raise UserError(f"--dataset {name} needs scipy: pip install scipy")
     kind, places, *_ = (ARRAYS | FILES)[name]
     python = f"torchvision.datasets.{kind.__name__}(DIR, download=True)"
+    python += ", also with split='test'," if name == "svhn" else ""
     by_hand = f"run {python} on another machine and copy it from DIR"
     fetch(root, places, partial(_parts, name=name, download=True), data.download, by_hand)
     if name in FILES:

@@ -28,8 +28,9 @@ def frame(images: Tensor, size: int, crop: int) -> Tensor:
 def eval_sizes(data: DataConfig, shape: tuple[int, int]) -> tuple[int, int]:
     """`size` and `crop` of `frame` for images of `shape` (height, width).
 
-    (--eval-size, --crop-size) if --eval-size is set; else (0, 0), the whole image, up to 96 pixels;
-    else (8/7 of --crop-size, --crop-size).
+    (--eval-size, --crop-size) if --eval-size is set; else (8/7 of --crop-size, --crop-size) above
+    96 pixels.  Up to 96 it is the whole image, (0, 0), but enlarged as the views are if these are
+    larger: (--crop-size, --crop-size).
     """
     if data.eval_size:
         if data.eval_size < data.crop_size:
@@ -37,7 +38,9 @@ def eval_sizes(data: DataConfig, shape: tuple[int, int]) -> tuple[int, int]:
                 f"--eval-size {data.eval_size}: must be at least --crop-size {data.crop_size}"
             )
         return data.eval_size, data.crop_size
-    return (0, 0) if max(shape) <= 96 else (round(data.crop_size * 8 / 7), data.crop_size)
+    if max(shape) > 96:
+        return round(data.crop_size * 8 / 7), data.crop_size
+    return (data.crop_size, data.crop_size) if data.crop_size > min(shape) else (0, 0)
 
 
 def warn_enlarged(side: int, stored: int) -> None:

@@ -118,14 +118,15 @@ def choose_strength(features: Tensor, labels: Tensor, strengths=STRENGTHS) -> fl
     """The strength with the least cross-validated loss; UNCHOSEN if each class has one image.
 
     Stratified folds: at most five, and no more than the smallest class has images; a class of one
-    image does not count, its image is never held out.  Above 2,000 images one fold is enough.
+    image does not count, its image is never held out.  Above 2,000 images one of five is enough.
     The loss decides, since with few labels it is much smoother than the accuracy.  Strengths are
     tried from strong to weak until the loss has risen twice, each solution started from the last.
     """
     classes, counts = int(labels.max()) + 1, labels.bincount()
     if counts.max() < 2:
         return UNCHOSEN
-    folds = stratified_folds(labels.numpy(), min(5, int(counts[counts > 1].min())))
+    count = 5 if len(labels) > 2000 else min(5, int(counts[counts > 1].min()))
+    folds = stratified_folds(labels.numpy(), count)
     problems, thetas, losses = [], [], []
     for held in folds if len(labels) <= 2000 else folds[:1]:
         kept = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), held))

@@ -120,7 +120,8 @@ def confusion_figure(truth, guess, names: list[str]) -> Figure:
     counts = np.zeros((len(names), len(names)))
     np.add.at(counts, (truth, guess), 1)
     share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-    shown = np.sort(np.argsort(share.diagonal(), kind="stable")[:25])
+    tested = np.flatnonzero(counts.sum(1))
+    shown = np.sort(tested[np.argsort(share.diagonal()[tested], kind="stable")[:25]])
     share, names = share[shown][:, shown], [label(names[i]) for i in shown]
     axes = Figure(figsize=(8, 7)).subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)

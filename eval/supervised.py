@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core import options
-from core.errors import UserError
+from core.errors import NotFinite, UserError
 from core.files import write_json
-from core.options import as_dict, option
+from core.options import as_dict, flag_of, option
 from data import datasets
 from data.labelled import Split, each_fold, evaluation
 from data.loader import Loader
@@ -69,6 +69,11 @@ def train_all(config: Config, job: Job) -> dict:
     if result := finished(out, config):
         say(job.processes, f"{out} is complete; nothing to do")
         return result | {"complete": True}
+    ignored = [key for key in ("optim.lr", "optim.epochs", "optim.steps") if key in config.typed]
+    if config.sweep and ignored:
+        name = config.method_table
+        text = f"not with --sweep, which tries --{name}.sweep-lr and --{name}.sweep-epochs"
+        raise UserError(f"{flag_of(ignored[0])}: {text}")
     data = datasets.load(config.data)
     plan = []  # for each run: settings, split, and the split for its sweep or None
     for of_fold in each_fold(config.data, config.folds):
@@ -142,8 +147,13 @@ def sweep(config: Config, job: Job, part: Split, watch: Watch) -> list[dict]:
             optim=dataclasses.replace(o, **schedule),
             run=dataclasses.replace(config.run, out=str(folder)),
         )
-        result = train(of_trial, job, part, watch)
-        trials.append({"lr": lr, "epochs": epochs, "held_out_top1": result["top1"]})
+        try:
+            top1 = train(of_trial, job, part, watch)["top1"]
+        except NotFinite:
+            top1 = 0.0
+            watch.flags.zero_()
+            watch.skipped = 0
+        trials.append({"lr": lr, "epochs": epochs, "held_out_top1": top1})
         if job.processes.main:  # only the trial's top-1 is needed
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             for weights in folder.glob("*.pt"):

@@ -198,10 +198,13 @@ def _results_table(rows: list[dict]) -> str:
     columns, lines = {_head(row): "" for row in sorted(rows, key=lambda row: row["labels"])}, {}
     for row in rows:
         count = f"{row['draws']} x {row['pretrain_seeds']}"
-        line = {"row": row["name"], "init": row["init"], **columns, "draws x seeds": count}
-        line |= {"seconds": f"{row['seconds']:.1f}", "protocol": row["protocol"]}
+        facts = {"draws x seeds": count, "seconds": f"{row['seconds']:.1f}"}
+        facts["protocol"] = row["protocol"]
+        line = {"row": row["name"], "init": row["init"], **columns} | dict.fromkeys(facts, "")
         line = lines.setdefault((row["name"], row["init"]), line)
         line[_head(row)] = _percent(row["top1_mean"], row["top1_std"])
+        for name, fact in facts.items():  # that of each budget, where they differ
+            line[name] = ", ".join(dict.fromkeys([*filter(None, line[name].split(", ")), fact]))
     return _table(list(lines.values()))
 
 
@@ -215,7 +218,8 @@ def _claims_table(claims: list[dict]) -> str:
     """A line for each claim, with its interval and whether it holds."""
     lines = []
     for claim in claims:
-        interval, holds = "one draw: none", "not shown"
+        one = claim["draws"] * claim["pretrain_seeds"] == 1
+        interval, holds = f"none: {'one draw' if one else 'equal differences'}", "not shown"
         if claim["interval"]:
             low, high = claim["interval"]
             interval = f"{low:+.2f} to {high:+.2f}"

@@ -23,6 +23,7 @@ from eval.features import extract
 from training.config import LoopRun
 from training.distributed import SINGLE, Processes
 from training.encoder import ENCODERS, EncoderConfig, ShapeConfig, check_sizes
+from training.run_folder import UNTIL
 from training.weights import Weights, load_file, published_inputs, read_weights
 
 
@@ -108,7 +109,7 @@ def classifier_file(path: Path) -> Path:
     for file in (path, path / "classifier.pt", path / "linear" / "classifier.pt"):
         if file.is_file():
             return file
-    files = sorted(path.glob("*/classifier.pt"))
+    files = [p for p in sorted(path.glob("*/classifier.pt")) if UNTIL not in p.parent.name]
     if not files:
         raise UserError(f"--ckpt {path}: no classifier.pt there; train one with linear_eval.py")
     if len(files) > 1:
@@ -232,10 +233,12 @@ def other_set(config: CkptConfig) -> str:
 def folder_beside(config: CkptConfig, *names: str) -> str:
     """The default run folder of an evaluation, in that of --ckpt.
 
-    Its name has `names`, the data set if that of --ckpt is another one, and labels, fold and images
-    where they are not the defaults.
+    Its name has `names`, the checkpoint if --ckpt names one, the data set if that of --ckpt is
+    another one, and labels, fold and images where they are not the defaults.
     """
-    data, parts = config.data, list(names)
+    data, parts, path = config.data, list(names), Path(config.ckpt)
+    if path.parent.name == "checkpoints":
+        parts.append(path.stem)
     if other := other_set(config):
         parts.append(other)
     if data.labels:

@@ -21,6 +21,7 @@ import linear_eval
 import reproduce
 import train_baseline
 import train_byol
+from core.files import lock_folder
 from data import datasets
 from eval import online, supervised
 from eval.features import extract
@@ -275,6 +276,23 @@ def test_a_sweep_stopped_at_any_time_goes_on(run, tmp_path, monkeypatch):
     assert not list((tmp_path / "out" / "sweep").rglob("*.pt"))  # their figures are of use only
 
 
+def test_a_sweep_goes_on_after_a_trial_that_diverges(run, tmp_path):
+    flags = ["--ckpt", str(run), *CPU, *SWEEP[:3], "--finetune.sweep-epochs", "3"]
+    out = ["--out", str(tmp_path / "out")]
+    result = finetune.main([*flags, "--finetune.sweep-lr", "1e12", "0.1", *out])
+    assert [trial["held_out_top1"] > 0 for trial in result["trials"]] == [False, True]
+    assert result["lr"] == 0.1
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--epochs", "--steps"])
+def test_what_a_sweep_chooses_is_not_typed(run, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(["--ckpt", str(run), *CPU, *SWEEP, flag, "3", "--out", str(tmp_path / "no")])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{flag}: not with --sweep" in text
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_signal_between_two_trials_is_not_lost(run, tmp_path, monkeypatch):
     original = supervised.extract
 
@@ -303,7 +321,7 @@ def test_many_runs_in_a_folder_overwrite_nothing_unless_asked(
     run, folds, recipe, tmp_path, capsys, first, second
 ):
     grid = ["--baseline.sweep-lr", "0.1", "--baseline.sweep-epochs", "1"]
-    flags = [*CPU, "--recipe", recipe, *grid, "--steps", "1", "--out", str(tmp_path / "out")]
+    flags = [*CPU, "--recipe", recipe, *grid, "--out", str(tmp_path / "out")]
     train_baseline.main([*flags, *first])
     kept = (tmp_path / "out" / "result.json").read_bytes()
     with pytest.raises(SystemExit) as stop:
@@ -486,6 +504,24 @@ def test_reproduce_refuses_to_mix_settings(sample, recipe, tmp_path, capsys):
     (out / "settings.json").write_text(json.dumps(settings))
     reproduce.main(argv=[*flags, "--data-root", str(tmp_path), "--strict", "--keep", "3"])
     assert (out / "cells.jsonl").read_bytes() == cells
+
+
+def test_S12_two_tables_in_one_folder(sample, recipe, tmp_path, capsys):
+    (tmp_path / "table").mkdir()
+    with lock_folder(tmp_path / "table"):
+        with pytest.raises(SystemExit) as stop:
+            reproduce.main(argv=["--recipe", recipe, "--out", str(tmp_path / "table")])
+    assert stop.value.code == 2
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+    assert not (tmp_path / "table" / "settings.json").exists()
+
+
+def test_a_checkpoint_on_the_way_is_evaluated_beside_the_run(run):
+    path = sorted((run / "checkpoints").glob("step-*.pt"))[0]
+    flags = ["--ckpt", str(path), *CPU, "--head", "knn"]
+    result = linear_eval.main(flags)
+    assert result["pretrain_step"] == int(path.stem.removeprefix("step-"))
+    assert (run / f"knn-{path.stem}" / "result.json").exists()
 
 
 def test_settings_are_chosen_without_test_images(sample, recipe, tmp_path):

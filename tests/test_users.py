@@ -97,6 +97,20 @@ def test_a_folder_of_its_own_output_stays_the_set_it_was(own, tmp_path, capsys):
         report.main([f"runs/{number}"])
 
 
+def test_R16_other_images_in_the_same_place_are_refused(own, capsys):
+    """Whether a run is resumed or a table is continued."""
+    write("images", {"a": 4, "b": 4})
+    write("images", {"a": 2, "b": 2}, "test")
+    run, table = [*own, "--out", "run", "--steps", "2"], [*own, "--methods", "byol", "simsiam"]
+    table += ["--reproduce.budgets", "4"]
+    train_byol.main(argv=[*run, "--stop-after", "1"])
+    reproduce.main(argv=[*table, "--out", "table"])
+    write("images", {"a": 4, "b": 4}, seed=1)
+    assert "digest of the images" in refused(capsys, train_byol, *run, "--resume")
+    text = refused(capsys, reproduce, *table, "--out", "table")
+    assert "holds a table of other images" in text
+
+
 def test_of_two_processes_one_prints_each_warning(own, tmp_path):
     """A phone's images: what is wrong with them is printed once."""
     write("images", {"a": 5, "b": 5})

@@ -72,8 +72,8 @@ def changes(session, state: dict) -> str:
         )
     changed = differences(config, state["config"])
     for fact, value in session.facts.items():
-        if state["facts"][fact] != value:
-            changed.append(f"{fact} {state['facts'][fact]} -> {value}")
+        if (old := state["facts"].get(fact, value)) != value:  # older checkpoints lack the digest
+            changed.append(f"{fact} {old} -> {value}")
     text = ", ".join(changed)
     if changed and not config.run.override:
         raise UserError(f"--resume: these differ from the run's: {text} (--override allows it)")

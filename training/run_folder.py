@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from core.errors import UserError, put
-from core.files import open_locked, read_json, read_json_lines, write_atomically, write_json
+from core.files import lock_folder, read_json, read_json_lines, write_atomically, write_json
 from core.options import differences
 from training.distributed import Processes, sum_over_ranks
 
+UNTIL = "-until-"  # before the step, in the name of what --override has made outdated
 PRINT_EVERY = 15  # seconds between the lines that a run prints
 
 
@@ -82,7 +83,7 @@ class RunFolder(contextlib.ExitStack):
             if overwrite and not resume and (out / "config.json").exists():
                 self._rename_away()
             out.mkdir(parents=True, exist_ok=True)
-            self.enter_context(self._lock())
+            self.enter_context(lock_folder(out))
             for folder in (out, out / "checkpoints"):
                 for temporary in folder.glob(".*.tmp"):  # from a process killed while writing
                     temporary.unlink(missing_ok=True)
@@ -91,36 +92,25 @@ class RunFolder(contextlib.ExitStack):
 
     def _rename_away(self) -> None:
         """Append the time to the name of the old run's folder; UserError if it is in use."""
-        self._lock().close()  # Windows can't rename a folder with an open file in it
+        lock_folder(self.out).close()  # Windows can't rename a folder with an open file in it
         old = Path(os.path.abspath(self.out))
         new = old.with_name(f"{old.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         while new.exists():
             new = new.with_name(f"{new.name}+")
         old.rename(new)
 
-    def _lock(self):
-        """The locked file, which holds this process's id; UserError if another process has it."""
-        path = self.out / ".lock"
-        file = open_locked(path)
-        if file is None:
-            with open(path, encoding="ascii") as held:
-                held.seek(1)
-                raise UserError(f"--out {self.out}: in use by process {held.read()}")
-        file.truncate(0)
-        file.write(f" {os.getpid()}")
-        file.flush()
-        return file
-
     def write_config(self, config: dict, done: int = 0, changed: bool = False) -> None:
         """Write config.json if there is none, or replace it if --override has `changed` settings.
 
-        The old one and the results of the old settings are renamed to NAME-until-STEP.
+        The old one, and the results and evaluations of the old settings, are renamed to
+        NAME-until-STEP.
         """
         if not self.processes.main or ((self.out / "config.json").exists() and not changed):
             return
-        for name in ("config.json", "result.json", "encoder.pt", "classifier.pt"):
-            old = self.out / name
-            kept = old.with_stem(f"{old.stem}-until-{done}")
+        names = ["config.json", "result.json", "encoder.pt", "classifier.pt"]
+        names += [path.parent.name for path in self.out.glob("*/result.json")]
+        for old in (self.out / name for name in names if UNTIL not in name):
+            kept = old.with_stem(f"{old.stem}{UNTIL}{done}")
             while kept.exists():
                 kept = kept.with_stem(f"{kept.stem}+")
             if old.exists():

@@ -45,6 +45,7 @@ class Session(contextlib.ExitStack):
         precision = pick_precision(run.precision, processes.device)
         self.precision = Precision(precision, processes.device)
         self.facts = {"images": len(loader.images), "precision": precision}
+        self.facts["digest of the images"] = loader.images.digest()
         out, resume = Path(run.out), bool(run.resume)
         self.checkpoints = Checkpoints(out / "checkpoints", run.save_every, run.keep)
         folder = RunFolder(out, None, processes, resume=resume, overwrite=run.overwrite)
@@ -75,7 +76,7 @@ class Session(contextlib.ExitStack):
         """The metadata in encoder.pt."""
         meta = self.config.encoder.shape | {"init": self.config.encoder.init}
         meta |= {"crop_size": self.loader.crop_size, **self.transform.meta()}
-        meta |= {"method": self.method.name, "step": self.total, "seed": self.loader.seed}
+        meta |= {"method": self.method.name, "step": self.done, "seed": self.loader.seed}
         return meta | {"commit": git_commit()}
 
     def describe(self, init: str) -> str:

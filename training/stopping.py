@@ -12,7 +12,7 @@ import time
 import torch
 from torch import nn
 
-from core.errors import RunError
+from core.errors import NotFinite
 from training.distributed import Processes, sum_over_ranks
 
 SAME = 2.0  # seconds in which signals count as one: Ctrl-C comes from terminal and torchrun
@@ -72,7 +72,7 @@ class Watch:
                 handle(name, handler)
 
     def look(self, step, model: nn.Module, optimizer=None, saving: bool = False) -> None:
-        """Read the flags if due or before a save; RunError, on all ranks, for non-finite values."""
+        """Read the flags if due or before a save; NotFinite, on all ranks, for such values."""
         self.skipped = 0 if step.applied else self.skipped + 1
         if step.applied:
             self.flags[2] += ~torch.isfinite(step.loss)
@@ -93,7 +93,7 @@ class Watch:
             largest = torch.stack(torch._foreach_norm(values, float("inf")))
             bad += sum_over_ranks((~torch.isfinite(largest)).sum()).item()
         if bad:
-            raise RunError(
+            raise NotFinite(
                 f"loss or weights are not finite at step {step.index}: lower --lr, or --precision "
                 "fp32; the newest checkpoint is from before"
             )

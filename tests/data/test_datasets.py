@@ -187,7 +187,9 @@ def test_sample_has_its_sizes_and_is_balanced():
     "config, store, expected",
     [
         (dict(), 96, (0, 0)),
-        (dict(), 28, (0, 0)),
+        (dict(), 28, (96, 96)),  # as the views, which are enlarged
+        (dict(crop_size=24), 28, (0, 0)),
+        (dict(crop_size=28), 28, (0, 0)),
         (dict(crop_size=128), 160, (146, 128)),
         (dict(crop_size=224), 256, (256, 224)),
         (dict(eval_size=100, crop_size=64), 96, (100, 64)),

@@ -256,13 +256,18 @@ def test_a_pipe_is_not_waited_for(root):
 
 def test_test_images_are_no_pretraining_data(root):
     shutil.move(root / "train", root / "Train")
+    assert "rename Train to train" in refusal(packed, root)
+    shutil.rmtree(root / "Train")
     assert "test/ without train/" in refusal(packed, root)
+    shutil.move(root / "test", root / "val")
+    assert "val/ without train/" in refusal(packed, root)
 
 
 def test_images_in_val_are_test_images_where_there_is_no_test(root):
     flat(root / "val" / "dog" / "v.png", (70, 0, 200))
     assert sorted(reds(packed(root).test)) == [60, 61]
     shutil.rmtree(root / "test")
+    flat(root / "test" / "1.png", 9)  # of unknown class
     data = packed(root)
     assert reds(data.test) == [70] and data.test_labels.tolist() == [2]
     assert data.files["test"] == ["val/dog/v.png"] and len(data.train) == 4

@@ -11,6 +11,7 @@ from sklearn.metrics import balanced_accuracy_score
 from data import datasets
 from data.labelled import stratified_folds
 from data.transform import EvalTransform
+from eval import classifiers as module
 from eval.classifiers import (
     STRENGTHS,
     MLPConfig,
@@ -159,6 +160,15 @@ def test_the_strength_is_the_best_cross_validated_one():
     losses = held_out_losses(features, labels, strengths)
     assert 0 < losses.argmin() < len(strengths) - 1  # the case is not at the edge
     assert choose_strength(features, labels, strengths) == strengths[losses.argmin()]
+
+
+def test_of_many_images_a_fifth_is_held_out_whatever_the_smallest_class_has(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "stratified_folds", lambda y, n: asked.append(n) or [[0, 1]] * n)
+    for images, folds in ((1998, 2), (2002, 5)):
+        labels = torch.tensor([0] * (images - 2) + [1] * 2)
+        choose_strength(torch.randn(images, 2), labels, (1.0,))
+        assert asked.pop() == folds
 
 
 def test_the_mlp_learns_what_a_line_can_not():

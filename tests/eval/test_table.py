@@ -1,5 +1,6 @@
 """The table's arithmetic against scipy and closed forms, and what it prints."""
 
+import itertools
 import json
 import re
 
@@ -209,6 +210,25 @@ def test_one_draw_is_printed_without_spread_or_verdict(tmp_path):
     text = markdown(cells.rows(), claims, "t", [])
     assert "not shown" in text and "±" not in text.split("Top-1")[0]
     save(tmp_path / "one.png", accuracy_figure, cells.rows(), "t")
+
+
+def test_facts_that_differ_between_budgets_are_all_printed(tmp_path):
+    cells = Cells(tmp_path / "cells.jsonl", write=False)
+    for labels, draws, seconds in ((100, 4, 1.0), (500, 1, 2.0)):
+        for draw, seed in itertools.product(range(draws), range(2)):
+            key = ("byol-linear", "random", labels, draw, seed)
+            cells.add(key, top1=70, seconds=seconds, protocol="network", test_images=9)
+    text = markdown(cells.rows(), [], "t", [])
+    assert "| 4 x 2, 1 x 2 | 1.0, 2.0 | network |" in text
+
+
+def test_equal_differences_are_not_called_one_draw(tmp_path):
+    cells = Cells(tmp_path / "cells.jsonl", write=False)
+    for name, draw in itertools.product(("byol-finetune", "baseline"), range(2)):
+        values = dict(top1=len(name), seconds=1.0, protocol="network", test_images=9)
+        cells.add((name, "random", 100, draw, 0), **values)
+    text = markdown(cells.rows(), cells.claims("byol"), "t", [])
+    assert "none: equal differences" in text and "one draw" not in text
 
 
 def test_the_curves_are_those_that_were_logged():

@@ -13,8 +13,10 @@ from torch import nn
 import data.sample
 import train_byol
 from byol.byol import BYOL
+from core.errors import UserError
 from data.images import Images
 from data.loader import Loader
+from eval.trained import classifier_file
 from training.checkpoints import Checkpoints, save_file
 
 FLAGS = ["--save-every", "4", "--quiet"]
@@ -309,9 +311,15 @@ def test_R16_override_goes_on_with_other_settings(sample, recipe, tmp_path, caps
 
 def test_R16_override_trains_a_finished_run_on(whole, recipe, capsys):
     old = json.loads((whole / "result.json").read_text())
+    (whole / "linear").mkdir()
+    for name in ("result.json", "classifier.pt"):
+        (whole / "linear" / name).write_text("{}")
     result = train(recipe, whole, "--resume", "--override", "--steps", "14", method=Dropped)
     assert result["steps"] == 14 and len(metrics(whole)) == 14
     assert json.loads((whole / "result-until-10.json").read_text()) == old
+    assert (whole / "linear-until-10/result.json").exists() and not (whole / "linear").exists()
+    with pytest.raises(UserError, match="no classifier.pt"):  # none of the new encoder
+        classifier_file(whole)
     capsys.readouterr()
     refused(recipe, whole, "--resume", "--override", "--steps", "12")
     assert "14 steps are done of 12" in capsys.readouterr().err
