@@ -82,7 +82,10 @@ def run(config: Config, processes: Processes, method_class: type[Method] = BYOL)
         method = add_probe(method, data, labels)
 
     # training
-    labels = labels_for(method, data, labels, config.run.knn_every)
+    labels = labels_for(method, data, labels)
+    own = [key for key in config.typed if key.startswith(("view1.", "view2.")) and method.views]
+    if own:
+        raise UserError(f"{options.flag_of(own[0])}: {method.name} has views of its own")
     views = method.views or (config.view1, config.view2)
     loader = Loader.of(config, images, labels, views, transform, processes)
     with (
@@ -112,16 +115,15 @@ def add_probe(method: Method, data: datasets.Dataset, labels) -> Method:
     return OnlineProbe(method, len(data.class_names))
 
 
-def labels_for(method: Method, data: datasets.Dataset, labels, knn_every: int):
+def labels_for(method: Method, data: datasets.Dataset, labels):
     """The labels for a method that uses them, with -1 for the images that k-NN holds out."""
     if not method.uses_labels:
         return None
     if labels is None or labels.max() < 0:
         raise UserError(f"{method.name}: needs labelled images, and --pretrain-on has none")
+    order, queries = held_out_order(len(data.train_labels))
     labels = labels.copy()
-    if knn_every:
-        order, queries = held_out_order(len(data.train_labels))
-        labels[order[:queries]] = -1  # labelled images come first, see `Dataset.pretraining`
+    labels[order[:queries]] = -1  # labelled images come first, see `Dataset.pretraining`
     return labels
 
 

@@ -273,7 +273,8 @@ def _add_flags(group, table: str, table_class: type, defaults) -> None:
         key, default = f"{table}.{name}".lstrip("."), getattr(defaults, name)
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         keywords = {"dest": key, "default": argparse.SUPPRESS}
-        keywords["help"] = field.metadata["help"] + (f" [{shown}]" if shown != "" else "")
+        text = field.metadata["help"] + (f" [{shown}]" if shown != "" else "")
+        keywords["help"] = text.replace("%", "%%")  # argparse formats it
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         else:

@@ -84,7 +84,7 @@ class OnlineEval:
         n, labels = self.queries, self.labels
         features = extract(method.encoder, self.images, self.transform, self.processes)
         metrics = {"knn_top1": knn_top1(features[n:], labels[n:], features[:n], labels[:n])}
-        if hasattr(method, "probe"):
+        if getattr(method, "probed", False):  # eval.probe.OnlineProbe
             with torch.no_grad():
                 guess = method.probe(features[:n].to(self.processes.device)).argmax(1).cpu()
             metrics["online_probe_top1"] = 100 * (guess == labels[:n]).float().mean().item()

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from core.errors import UserError
 from training.distributed import sum_over_ranks
 from training.method import Method, groups_by_kind
 
@@ -10,7 +11,7 @@ from training.method import Method, groups_by_kind
 class OnlineProbe(Method):
     """Any method, and a linear classifier trained on its detached representation."""
 
-    uses_labels = True
+    uses_labels = probed = True
 
     def __init__(self, method: Method, classes: int) -> None:
         nn.Module.__init__(self)
@@ -23,6 +24,9 @@ class OnlineProbe(Method):
 
     def forward(self, *views):
         outputs = self.method(*views)
+        if "representation" not in outputs:
+            text = "forward has no output named representation"
+            raise UserError(f"--online-probe: {self.method.name}'s {text}")
         return outputs | {"probe": self.probe(outputs["representation"].detach())}
 
     def loss(self, outputs, labels):

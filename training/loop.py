@@ -103,7 +103,7 @@ def train_step(
     model: nn.Module, loader, optimizer, precision: Precision, k: int, progress: float
 ) -> tuple[Tensor, dict[str, Tensor | float], bool]:
     """Forward, backward, optimizer, `after_step`; returns loss, logs, whether it was applied."""
-    method, loss_of_step = unwrap(model), 0.0
+    method, loss_of_step, logs = unwrap(model), 0.0, {}
     model.train()
     seed_step(loader.seed, k, loader.rank)
     for part, (views, labels) in enumerate(loader.batches(k)):
@@ -112,10 +112,12 @@ def train_step(
                 outputs = model(*views)
             outputs = at_least_float32(outputs)
             known = (labels,) if method.uses_labels else ()
-            loss, logs = method.loss(outputs, *known)
+            loss, terms = method.loss(outputs, *known)
             loss = loss / loader.accumulate
             precision.backward(loss)
         loss_of_step = loss_of_step + loss.detach()
+        for name, term in terms.items():
+            logs[name] = logs.get(name, 0.0) + torch.as_tensor(term).detach() / loader.accumulate
     applied = precision.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
     if applied:

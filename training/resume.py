@@ -84,4 +84,10 @@ def set_aside(checkpoints: Checkpoints, after: int) -> None:
     """Rename checkpoints of later steps: invalid, or left over when a run resumes further back."""
     for path in checkpoints.list():
         if path.stem > f"step-{after:08d}":
-            path.rename(path.with_name(f"aside-{path.name}"))
+            aside = path.with_name(f"aside-{path.name}")
+            while aside.exists():
+                aside = aside.with_stem(f"{aside.stem}+")
+            checksum = path.with_suffix(".sha256")
+            if checksum.exists():
+                checksum.rename(aside.with_suffix(".sha256"))
+            path.rename(aside)

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +35,11 @@ def warn(processes: Processes, text: str) -> None:
         put(f"warning: {text}", sys.stderr)
 
 
+def holds_run(out: Path) -> bool:
+    """Whether `out` has settings or checkpoints of a run."""
+    return (out / "config.json").exists() or any(out.glob("checkpoints/step-*.pt"))
+
+
 def check_free(out: Path, resume: bool, overwrite: bool) -> None:
     """UserError if `out` can't be written to or holds a run that would be lost."""
     nearest = next(p for p in (out, *out.absolute().parents) if p.exists())
@@ -41,7 +47,7 @@ def check_free(out: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--out {out}: {nearest} is not a writable folder; choose another --out")
     if not str(out).isprintable():  # TensorBoard can't write there
         raise UserError(f"--out {out!s:.200}: choose a name of printable UTF-8 characters")
-    if (out / "config.json").exists() and not (resume or overwrite):
+    if holds_run(out) and not (resume or overwrite):
         raise UserError(
             f"--out {out} holds a run: --overwrite renames it away, --resume continues a training; "
             "or choose another --out"
@@ -80,7 +86,7 @@ class RunFolder(contextlib.ExitStack):
             check_free(out, resume, overwrite)
             if (out / "settings.json").exists():
                 raise UserError(f"--out {out} holds a table of reproduce.py; choose another --out")
-            if overwrite and not resume and (out / "config.json").exists():
+            if overwrite and not resume and holds_run(out):
                 self._rename_away()
             out.mkdir(parents=True, exist_ok=True)
             self.enter_context(lock_folder(out))
@@ -103,17 +109,22 @@ class RunFolder(contextlib.ExitStack):
         """Write config.json if there is none, or replace it if --override has `changed` settings.
 
         The old one, and the results and evaluations of the old settings, are renamed to
-        NAME-until-STEP.
+        NAME-until-STEP; the metrics are copied.
         """
         if not self.processes.main or ((self.out / "config.json").exists() and not changed):
             return
-        names = ["config.json", "result.json", "encoder.pt", "classifier.pt"]
-        names += [path.parent.name for path in self.out.glob("*/result.json")]
-        for old in (self.out / name for name in names if UNTIL not in name):
+        names = ["config.json", "result.json", "encoder.pt", "classifier.pt", "metrics.jsonl"]
+        for path in self.out.glob("*/config.json") if changed else ():
+            evaluation = "ckpt" in read_json(path).get("config", {}).get("flags", {})
+            if evaluation and UNTIL not in path.parent.name:
+                names.append(path.parent.name)
+        for old in (self.out / name for name in names):
             kept = old.with_stem(f"{old.stem}{UNTIL}{done}")
             while kept.exists():
                 kept = kept.with_stem(f"{kept.stem}+")
-            if old.exists():
+            if old.name == "metrics.jsonl" and old.exists():
+                shutil.copy(old, kept)
+            elif old.exists():
                 old.replace(kept)
         facts = {
             "config": config,
@@ -148,7 +159,7 @@ class RunFolder(contextlib.ExitStack):
         (mps has none).  They are copied from the device only here.
         """
         self.images += step.images
-        if not (extra or step.index % every == 0 or step.index == self.stop - 1):
+        if not (extra or step.index % every == 0 or step.last):
             return
         tensors = {"loss": step.loss}
         tensors |= {k: v for k, v in step.logs.items() if isinstance(v, torch.Tensor)}

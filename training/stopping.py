@@ -89,7 +89,8 @@ class Watch:
             values = [*model.state_dict().values()]
             for state in optimizer.state.values() if optimizer else ():
                 values += [v for v in state.values() if isinstance(v, torch.Tensor)]
-            values = [v for v in values if v.is_floating_point() and v.device == self.flags.device]
+            values = [v for v in values if v.is_floating_point() and v.numel()]
+            values = [v for v in values if v.device == self.flags.device]
             largest = torch.stack(torch._foreach_norm(values, float("inf")))
             bad += sum_over_ranks((~torch.isfinite(largest)).sum()).item()
         if bad:

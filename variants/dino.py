@@ -61,8 +61,8 @@ class DINO(Method):
         self.head = Head(encoder.feature_size, config.hidden, config.prototypes)
         self.teacher = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.prototypes))
-        # sum and number of the micro-batches' mean teacher outputs, zeroed after each applied step
-        self.register_buffer("seen", torch.zeros(config.prototypes + 1), persistent=False)
+        # sum and number of the mean teacher outputs of all ranks, zeroed after each applied step
+        self.register_buffer("seen", torch.zeros(config.prototypes + 1))
         small = ViewConfig(size=config.local_size, area=[0.05, config.local_area], blur_p=0.5)
         large = dict(area=[config.local_area, 1.0])
         self.views = ViewConfig(**large), View2Config(**large), *[small] * config.local_views
@@ -78,13 +78,13 @@ class DINO(Method):
         p = ((outputs["target"] - self.center) / self.config.teacher_temperature).softmax(2)
         log_q = (outputs["prediction"] / 0.1).log_softmax(2)
         pairs = [(t, s) for t in range(2) for s in range(len(log_q)) if s != t]
-        self.seen += torch.cat([outputs["target"].mean((0, 1)), torch.ones_like(self.seen[:1])])
+        mean = outputs["target"].mean((0, 1))
+        self.seen += sum_over_ranks(torch.cat([mean, torch.ones_like(mean[:1])]))
         return -sum((p[t] * log_q[s]).sum(1).mean() for t, s in pairs) / len(pairs), {}
 
     def after_step(self, progress):
         tau = target_decay(self.config.base_tau, progress)
-        seen = sum_over_ranks(self.seen.clone())
-        self.center.lerp_(seen[:-1] / seen[-1], 0.1)  # eq. 4, m = 0.9, over all processes
+        self.center.lerp_(self.seen[:-1] / self.seen[-1], 0.1)  # eq. 4, m = 0.9
         self.seen.zero_()
         student = [p.detach() for m in (self.encoder, self.head) for p in m.parameters()]
         torch._foreach_lerp_([*self.teacher.parameters()], student, 1 - tau)

@@ -76,7 +76,7 @@ def test_queries_are_held_out_of_the_bank():
     x = extract(byol.encoder, watch.images, TRANSFORM)
     expected = knn_top1(x[12:], watch.labels[12:], x[:12], watch.labels[:12])
     assert watch.measure(byol, 9)[0]["knn_top1"] == expected
-    byol.probe = torch.nn.Linear(byol.encoder.feature_size, 4)
+    byol.probe, byol.probed = torch.nn.Linear(byol.encoder.feature_size, 4), True
     right = (byol.probe(x[:12]).argmax(1) == watch.labels[:12]).float().mean().item()
     assert watch.measure(byol, 9)[0]["online_probe_top1"] == pytest.approx(100 * right)
 
@@ -85,7 +85,7 @@ def test_the_probe_never_sees_the_labels_it_is_measured_on():
     pictures, labels = images()
     everything = np.concatenate([labels, np.full(7, -1)])
     data = Dataset(pictures, labels, None, None, None, [])
-    seen = train_byol.labels_for(SimpleNamespace(uses_labels=True), data, everything, 1)
+    seen = train_byol.labels_for(SimpleNamespace(uses_labels=True), data, everything)
     order, queries = held_out_order(len(labels))
     assert queries == online().queries == 12 and (seen[order[:12]] == -1).all()
     assert (seen[order[12:]] == labels[order[12:]]).all() and (seen[60:] == -1).all()

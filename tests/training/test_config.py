@@ -371,6 +371,19 @@ def test_help_is_printed_with_defaults(script, capsys):
     assert stop.value.code == 0 and "--data-root" in text and "[datasets]" in text
 
 
+def test_any_sign_may_stand_in_a_help_text(capsys):
+    @dataclasses.dataclass
+    class Table:
+        """[table]: one option."""
+
+        share: float = option(0.5, "drop 50 % of it (100%)", low=0)
+
+    config = dataclasses.make_dataclass("C", [("run", Table)], bases=(Config,), kw_only=True)
+    with pytest.raises(SystemExit):
+        parse(config, ["--help"], "100 %")
+    assert "drop 50 % of it (100%) [0.5]" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_recipe_without_the_methods_table_is_told(tmp_path, capsys):
     """A subclass with a name of its own does not get what the recipe has for BYOL."""
     path = tmp_path / "recipe.toml"

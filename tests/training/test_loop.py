@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import train_byol
+from core.errors import UserError
 from data.images import Images
 from data.loader import Loader
 from data.views import ViewConfig
@@ -204,6 +205,22 @@ def test_the_probe_learns_from_known_labels_and_never_moves_the_encoder():
     assert method.probe.weight.grad.abs().max() > 0
 
 
+def test_what_a_loss_logs_is_the_mean_of_the_micro_batches():
+    method, data = toy(), loader(accumulate=2)
+    inner = method.loss
+    method.loss = lambda outputs: (loss := inner(outputs)[0], {"same": loss, "number": 3})
+    for step in train_steps(method, data, sgd(method), Precision("fp32", CPU), **SETTINGS):
+        assert step.logs["same"].item() == pytest.approx(step.loss.item())
+        assert step.logs["number"] == 3 and not step.logs["same"].requires_grad
+
+
+def test_a_probe_needs_a_representation():
+    method = OnlineProbe(toy(), 4)
+    method.method.forward = lambda *views: {"p": views[0]}
+    with pytest.raises(UserError, match="no output named representation"):
+        method(*torch.randn(2, 3, 3, 8, 8))
+
+
 def test_the_probe_with_no_known_label_is_finite():
     method = OnlineProbe(toy(), 4)
     loss, logs = method.loss(method(*torch.randn(2, 3, 3, 8, 8)), torch.full((3,), -1))
@@ -235,7 +252,7 @@ class ThreeViews(Method):
         return pull + self.config.weight * (a - c).square().sum(1).mean(), {"pull": pull.detach()}
 
 
-def test_a_method_with_three_views_of_three_sizes_trains(sample, recipe, tmp_path):
+def test_a_method_with_three_views_of_three_sizes_trains(sample, recipe, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--recipe", recipe, "--out", str(out), "--threeviews.weight", "0.25"]
     result = train_byol.main(ThreeViews, flags)
@@ -243,6 +260,9 @@ def test_a_method_with_three_views_of_three_sizes_trains(sample, recipe, tmp_pat
     assert ThreeViews.sides == [[16, 12, 8]] * 10
     assert (out / "encoder.pt").exists()
     assert '"pull"' in (out / "metrics.jsonl").read_text()
+    with pytest.raises(SystemExit):  # they would do nothing
+        train_byol.main(ThreeViews, ["--recipe", recipe, "--out", "no", "--view2.size", "8"])
+    assert "--view2.size: threeviews has views" in capsys.readouterr().err
 
 
 def test_a_probed_run_never_shows_the_probe_what_it_is_measured_on(
@@ -282,13 +302,13 @@ class Supervised(Method):
 
 
 @pytest.mark.parametrize("more", [[], ["--online-probe"]])
-@pytest.mark.parametrize("knn_every, known", [("5", 80), ("0", 100)])
+@pytest.mark.parametrize("knn_every", ["5", "0"])  # which does not change the training
 def test_a_method_with_labels_never_sees_those_that_knn_holds_out(
-    sample, recipe, tmp_path, more, knn_every, known
+    sample, recipe, tmp_path, more, knn_every
 ):
     Supervised.seen.clear()
     flags = ["--recipe", recipe, "--out", str(tmp_path / "run"), "--steps", "5", "--quiet", *more]
     train_byol.main(Supervised, [*flags, "--knn-every", knn_every])
-    assert sum(Supervised.seen) == known
+    assert sum(Supervised.seen) == 80
     with pytest.raises(SystemExit):
         train_byol.main(Supervised, [*flags[:2], "--pretrain-on", "unlabelled", "--out", "no"])

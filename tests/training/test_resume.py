@@ -13,11 +13,10 @@ from torch import nn
 import data.sample
 import train_byol
 from byol.byol import BYOL
-from core.errors import UserError
 from data.images import Images
 from data.loader import Loader
 from eval.trained import classifier_file
-from training.checkpoints import Checkpoints, save_file
+from training.checkpoints import Checkpoints, rejected, save_file
 
 FLAGS = ["--save-every", "4", "--quiet"]
 
@@ -312,14 +311,17 @@ def test_R16_override_goes_on_with_other_settings(sample, recipe, tmp_path, caps
 def test_R16_override_trains_a_finished_run_on(whole, recipe, capsys):
     old = json.loads((whole / "result.json").read_text())
     (whole / "linear").mkdir()
-    for name in ("result.json", "classifier.pt"):
-        (whole / "linear" / name).write_text("{}")
+    (whole / "b").mkdir()  # a run that somebody has put here
+    for name in ("result.json", "classifier.pt", "config.json"):
+        (whole / "linear" / name).write_text('{"config": {"flags": {"ckpt": "run"}}}')
+        (whole / "b" / name).write_text('{"config": {"flags": {}}}')
+    rows = (whole / "metrics.jsonl").read_bytes()
     result = train(recipe, whole, "--resume", "--override", "--steps", "14", method=Dropped)
     assert result["steps"] == 14 and len(metrics(whole)) == 14
     assert json.loads((whole / "result-until-10.json").read_text()) == old
     assert (whole / "linear-until-10/result.json").exists() and not (whole / "linear").exists()
-    with pytest.raises(UserError, match="no classifier.pt"):  # none of the new encoder
-        classifier_file(whole)
+    assert (whole / "metrics-until-10.jsonl").read_bytes() == rows
+    assert classifier_file(whole).parent.name == "b"
     capsys.readouterr()
     refused(recipe, whole, "--resume", "--override", "--steps", "12")
     assert "14 steps are done of 12" in capsys.readouterr().err
@@ -335,15 +337,40 @@ def test_R16_override_without_a_step_to_train_is_refused(whole, recipe, capsys):
 
 
 def test_R16_going_back_sets_later_checkpoints_aside(sample, recipe, tmp_path):
-    out, flags = tmp_path / "run", ["--lr", "0.002", "--save-every", "2"]
+    out, flags = tmp_path / "run", ["--lr", "0.002", "--save-every", "2", "--keep", "9"]
     train(recipe, out, "--stop-after", "8", "--save-every", "4", "--keep", "3")
     old = str(out / "checkpoints" / "step-00000004.pt")
     train(recipe, out, "--resume", old, "--override", "--stop-after", "6", *flags)
     assert [p.stem for p in Checkpoints(out / "checkpoints", 0).list()] == [
         "step-00000004", "step-00000006"]  # fmt: skip
-    assert (out / "checkpoints" / "aside-step-00000008.pt").exists()
-    train(recipe, out, "--resume", *flags)
+    first = out / "checkpoints" / "aside-step-00000008.pt"
+    kept = first.read_bytes()
+    assert rejected(first) == ""
+    assert len((out / "metrics-until-4.jsonl").read_text().splitlines()) == 8
+    train(recipe, out, "--resume", "--stop-after", "8", *flags)
+    train(recipe, out, "--resume", old.replace("4.pt", "6.pt"), *flags)
+    assert first.read_bytes() == kept  # the second one has a name of its own
+    assert rejected(first.with_stem("aside-step-00000008+")) == ""
     assert [row["step"] for row in metrics(out)] == list(range(10))
+
+
+def test_S13_a_new_run_leaves_runs_and_checkpoints_in_its_folder(sample, recipe, tmp_path, capsys):
+    out = tmp_path / "runs"
+    train(recipe, out / "a", "--steps", "1")
+    train(recipe, out, "--steps", "1")
+    assert (out / "a" / "result.json").exists() and not list(out.glob("*-until-*"))
+    (out / "config.json").unlink()
+    refused(recipe, out, "--steps", "2")
+    assert "holds a run" in capsys.readouterr().err
+    train(recipe, out, "--steps", "2", "--overwrite")
+    assert list(tmp_path.glob("runs-*/checkpoints/step-00000001.pt"))
+
+
+def test_what_is_logged_does_not_depend_on_where_a_run_was_stopped(sample, recipe, tmp_path):
+    out = tmp_path / "run"
+    train(recipe, out, "--log-every", "4", "--stop-after", "3")
+    train(recipe, out, "--log-every", "4", "--resume")
+    assert [row["step"] for row in metrics(out)] == [0, 4, 8, 9]
 
 
 def test_R16_before_the_first_checkpoint(sample, recipe, tmp_path, capsys):

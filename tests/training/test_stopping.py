@@ -224,6 +224,12 @@ def test_N3_a_state_of_the_optimizer_that_is_not_finite():
         Watch(SINGLE).look(Step(1.0, 0), model, optimizer, saving=True)
 
 
+def test_an_empty_buffer_does_no_harm():
+    model = torch.nn.Linear(1, 1)
+    model.register_buffer("queue", torch.zeros(0, 8))
+    Watch(SINGLE).look(Step(1.0, 0), model, saving=True)
+
+
 def test_handlers_are_given_back():
     before = signal.getsignal(signal.SIGTERM)
     with Watch(SINGLE):

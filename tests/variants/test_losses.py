@@ -185,6 +185,19 @@ def test_dino_makes_two_large_and_some_small_crops_and_its_teacher_follows():
     torch.testing.assert_close(change, torch.full_like(change, 1 - dino.config.base_tau))
 
 
+def test_dinos_center_counts_micro_batches_from_before_a_save():
+    """A save may follow a step that the gradient scaler has skipped."""
+    options = dict(hidden=8, prototypes=5, local_views=2, local_size=8)
+    dino, resumed, z = method(DINO, **options), method(DINO, **options), vectors(2, 6, 5)
+    outputs = {"target": z, "prediction": vectors(4, 6, 5)}
+    dino.loss(outputs)
+    resumed.load_state_dict(dino.state_dict())
+    for copy in (dino, resumed):
+        copy.loss(outputs | {"target": 3 * z})
+        copy.after_step(0.0)
+        torch.testing.assert_close(copy.center, 0.2 * z.mean((0, 1)))
+
+
 def test_moco_v3_has_byols_networks_and_target():
     names = {name for name, _ in method(MoCoV3, hidden=8, projection=4).named_parameters()}
     assert names == {name for name, _ in method(BYOL, hidden=8, projection=4).named_parameters()}
