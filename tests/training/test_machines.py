@@ -25,7 +25,7 @@ from core.files import locked, open_locked, write_atomically
 from training.command import check_run
 from training.config import EvalRun
 from training.distributed import SINGLE
-from training.encoder import EncoderConfig, fetch
+from training.encoder import EncoderConfig, build_encoder, fetch
 from training.launch import RELAUNCHED, relaunch_if_needed
 from training.run_folder import RunFolder
 from training.stopping import Watch
@@ -106,12 +106,14 @@ def test_what_cannot_be_flushed_is_one_line_and_leaves_nothing(tmp_path, monkeyp
 
 
 def test_published_weights_are_fetched_by_one_process(tmp_path, monkeypatch):
+    weights = build_encoder(EncoderConfig()).state_dict()
+
     def download(url, target, prefix):
         assert prefix == "f37072fd" and not os.path.exists(target)
         with open(tmp_path / "log", "a") as log:
             log.write(f"{url}\n")
         time.sleep(0.3)
-        torch.save({}, target)
+        torch.save(weights, target)
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "new"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)

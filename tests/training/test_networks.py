@@ -196,7 +196,7 @@ def test_sizes_are_tried_without_a_trace(arch):
     "flags, side, flag",
     [
         ("--arch alexnet --crop-size 32", 32, "--crop-size"),
-        ("--arch densenet121 --crop-size 32", 28, "--eval-size"),  # the evaluation's whole images
+        ("--arch vit_b_16 --image-size 16 --crop-size 16", 28, "--eval-size"),  # whole images
     ],
 )
 def test_a_size_that_does_not_fit_is_one_line_before_training(
@@ -213,7 +213,7 @@ def test_a_size_that_does_not_fit_is_one_line_before_training(
 
 
 @pytest.mark.parametrize(
-    "sizes, side", [("--crop-size 32", 28), ("--crop-size 16 --eval-size 32", 16)]
+    "sizes, side", [("--crop-size 24", 24), ("--crop-size 16 --eval-size 32", 16)]
 )
 def test_a_table_says_so_before_any_row(sample, recipe, tmp_path, capsys, sizes, side):
     out, flags = tmp_path / "table", ["--recipe", recipe, *SHAPE[:4], "--arch", "densenet121"]
@@ -243,7 +243,7 @@ def densenet(tmp_path) -> str:
 
 @pytest.mark.parametrize("script", [linear_eval, finetune])
 @pytest.mark.parametrize(
-    "sizes, side", [("--crop-size 32", 28), ("--crop-size 16 --eval-size 32", 16)]
+    "sizes, side", [("--crop-size 24", 24), ("--crop-size 16 --eval-size 32", 16)]
 )
 def test_evaluations_try_their_size(
     sample, recipe, tmp_path, capsys, densenet, script, sizes, side
