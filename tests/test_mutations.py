@@ -54,8 +54,8 @@ MUTATIONS = {
     "loss in half precision": (
         "training/loop.py", "outputs = at_least_float32(outputs)", "pass", f"{LOOP} -k float32"),
     "loss inside autocast": (
-        "training/loop.py", "loss, logs = method.loss(outputs, *known)",
-        "with precision.autocast():\n                loss, logs = method.loss(outputs, *known)",
+        "training/loop.py", "loss, terms = method.loss(outputs, *known)",
+        "with precision.autocast():\n                loss, terms = method.loss(outputs, *known)",
         f"{LOOP} -k float32"),
     # networks
     "batch norm over both views at once": (
@@ -157,8 +157,9 @@ MUTATIONS = {
         "training/stopping.py", 'processes.device.type == "cpu" else 20', "True else 20",
         f"{FAKE} -k byol"),
     "Adam's steps among the weights": (
-        "training/stopping.py", "v.is_floating_point() and v.device == self.flags.device",
-        "v.is_floating_point()", f"{FAKE} -k byol"),
+        "training/stopping.py",
+        "values = [v for v in values if v.device == self.flags.device]", "pass",
+        f"{FAKE} -k byol"),
     "float64 in the log of a device": (
         "training/run_folder.py", "v.double() if v.is_cpu else v.float()", "v.double()",
         f"{FAKE} -k byol"),
@@ -261,6 +262,12 @@ MUTATIONS = {
         f"{FEATURES} -k two_processes"),
     "the probe sees what it is measured on": (
         "train_byol.py", "labels[order[:queries]] = -1", "pass", f"{LOOP} -k shows_the_probe"),
+    "the probe's mean over one rank's labels": (
+        "eval/probe.py", "sum_over_ranks(torch.stack([known, torch.ones_like(known)]))",
+        "torch.stack([known, torch.ones_like(known)])", "tests/test_scaling.py -k probe"),
+    "small images evaluated below the size of their views": (
+        "data/transform.py", "if data.crop_size > min(shape) else", "if False else",
+        "tests/data/test_datasets.py -k transform"),
     "settings chosen on test images": (
         "eval/supervised.py", "split.train.hold_out() if config.sweep else None", "split",
         f"{SCRIPTS} -k sweep_chooses"),
