@@ -171,10 +171,11 @@ class Table:
             except UserError as error:  # its text has the scripts' flag
                 raise UserError(str(error).replace("--labels", "--reproduce.budgets")) from None
         images, _ = self.data.pretraining(self.config.data.pretrain_on)
-        batch = max(s.optim.batch_size for s in pretraining_settings(self.config))
+        pretraining = pretraining_settings(self.config)
+        batch = max(s.optim.batch_size for s in pretraining)
         if batch > len(images):
             raise UserError(f"batch_size {batch}: there are only {len(images)} training images")
-        for s in (*pretraining_settings(self.config), *supervised_settings(self.config)):
+        for s in (*pretraining, *supervised_settings(self.config)):
             parts, batch = self.processes.world_size * s.optim.accumulate, s.optim.batch_size
             if batch % parts or batch < 2 * parts:
                 text = f"can't be cut into {parts} equal parts of at least 2 images"

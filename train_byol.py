@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from byol.byol import BYOL
@@ -134,8 +133,7 @@ def start(encoder: EncoderConfig, data: datasets.DataConfig, images: Images, see
     transform = EvalTransform.of(data, images.shape, mean, std)
     check_sizes(network, transform, [data.crop_size])
     if encoder.init == "random":
-        rows = np.unique(np.linspace(0, len(images) - 1, 32).astype(np.int64))
-        measure_statistics(network, transform(images.take(rows)))
+        measure_statistics(network, transform(images.take(images.spread(32))))
     return network, transform
 
 

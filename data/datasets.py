@@ -29,8 +29,7 @@ class DataConfig:
     store_size: int = option(160, "side of the squares packed from image files, pixels", low=8)
     eval_size: int = option(
         0,
-        "short side before the crop (0: up to 96 pixels whole, and not below --crop-size; else 8/7 "
-        "of it)",
+        "short side before the crop (0: 8/7 of --crop-size; up to 96 pixels whole, or enlarged)",
         low=0,
     )
     strict: bool = running(False, "stop at unreadable image files instead of leaving them out")

@@ -74,16 +74,18 @@ class Images:
         index = index if self.index is None else self.index[index]
         return Images(self.parts, index)
 
+    def spread(self, most: int) -> np.ndarray:
+        """Indices of at most `most` evenly spaced images."""
+        return np.unique(np.linspace(0, len(self) - 1, most).astype(np.int64))
+
     def digest(self) -> str:
         """A fingerprint of their number and of 64 evenly spaced ones."""
-        rows = np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64))
-        pixels = self.take(rows).contiguous().numpy().tobytes()
+        pixels = self.take(self.spread(64)).contiguous().numpy().tobytes()
         return hashlib.sha256(pixels + str(len(self)).encode()).hexdigest()[:16]
 
     def statistics(self, most: int = 1000) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel in 0..1, over `most` evenly spaced images."""
-        chosen = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64))
-        pixels = self.take(chosen).transpose(0, 1).reshape(3, -1)
+        pixels = self.take(self.spread(most)).transpose(0, 1).reshape(3, -1)
         values = torch.arange(256, dtype=torch.float64) / 255
         mean, std = [], []
         for channel in pixels:  # from the histogram: exact, without a copy in float

@@ -151,8 +151,6 @@ def sweep(config: Config, job: Job, part: Split, watch: Watch) -> list[dict]:
             top1 = train(of_trial, job, part, watch)["top1"]
         except NotFinite:
             top1 = 0.0
-            watch.flags.zero_()
-            watch.skipped = 0
         trials.append({"lr": lr, "epochs": epochs, "held_out_top1": top1})
         if job.processes.main:  # only the trial's top-1 is needed
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)

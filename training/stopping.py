@@ -94,6 +94,7 @@ class Watch:
             largest = torch.stack(torch._foreach_norm(values, float("inf")))
             bad += sum_over_ranks((~torch.isfinite(largest)).sum()).item()
         if bad:
+            self.flags, self.skipped = torch.zeros_like(self.flags), 0  # a sweep goes on
             raise NotFinite(
                 f"loss or weights are not finite at step {step.index}: lower --lr, or --precision "
                 "fp32; the newest checkpoint is from before"
