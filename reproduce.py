@@ -356,7 +356,7 @@ def measure(table: Table) -> dict:
 
 
 def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
-    """Write methods.json, methods.md and methods.png; print the table.
+    """Write methods.json, methods.md, methods.png, curves.png (first seeds); print the table.
 
     folders   method's name -> folders of its pretraining runs, one for each seed
     """
@@ -371,12 +371,14 @@ def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
     for control in CONTROLS:
         rows += method_rows(table.cells, control, budgets, None)
     if table.processes.main:
-        from eval.pictures import dots_figure, save  # slow to import
+        from eval.pictures import curves_figure, dots_figure, save  # slow to import
 
         text = methods_markdown(rows)
         write_json(out / "methods.json", rows)
         (out / "methods.md").write_text(text, encoding="utf-8")
         save(out / "methods.png", dots_figure, rows)
+        curves = {name: read_metrics(runs[0] / "metrics.jsonl") for name, runs in folders.items()}
+        save(out / "curves.png", curves_figure, curves)
         say(table.processes, f"\n{text}\n{out}/methods.md, .json and .png written")
     return {"rows": rows}
 

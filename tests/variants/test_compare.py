@@ -37,7 +37,8 @@ def test_methods_share_budget_and_controls(sample, recipe, tmp_path):
             assert row["std"] == pytest.approx(np.std(values.mean(1), ddof=1))
     text = (tmp_path / "m/methods.md").read_text().splitlines()
     assert len(text) == 2 + 4 and len({line.count("|") for line in text}) == 1
-    assert (tmp_path / "m/methods.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("methods.png", "curves.png"):
+        assert (tmp_path / "m" / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_mistake_in_any_methods_table_shows_before_the_first(recipe, tmp_path, capsys):
