@@ -39,7 +39,7 @@ class Method(nn.Module):
         """Options of the method."""
 
     def __init__(self, encoder: nn.Module, config) -> None:
-        """`encoder` maps (B, 3, H, W) to (B, encoder.feature_size)."""
+        """`encoder` maps (B, 3, H, W) to (B, encoder.feature_size); it is saved and evaluated."""
         super().__init__()
         self.encoder = encoder
         self.config = config

@@ -80,6 +80,8 @@ def read_weights(path: str | Path, flag: str = "--ckpt") -> Weights:
     if isinstance(meta, dict) and meta.keys() >= set(SHAPE):
         weights.meta = meta
         weights.config = read_json(saved).get("config", {}) if saved.exists() else {}
+        if folder != path.parent:  # a checkpoint: the network that encoder.pt would have
+            weights.prefix = prefix or "encoder"
     return weights
 
 

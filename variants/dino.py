@@ -17,25 +17,18 @@ from training.method import Method, option
 from variants import blocks
 
 
-class Head(nn.Sequential):
-    """Cosine similarity of a 256-dimensional output with k prototypes: (B, d) -> (B, k) (App. C).
-
-    Batch norm is an option of the authors' code; without it short runs do not learn.
-    """
-
-    def __init__(self, d: int, h: int, k: int) -> None:
-        super().__init__(*blocks(d, h, nn.GELU), nn.Linear(h, 256), nn.Linear(256, k, bias=False))
+class Prototypes(nn.Linear):
+    """Cosine similarities with k prototypes, the rows of the weight: (B, d) -> (B, k) (App. C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        *block, prototypes = self
-        y = nn.Sequential(*block)(x).to(prototypes.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # half precision is too coarse here
-            return normalize(y) @ normalize(prototypes.weight).T
+            return normalize(x.to(self.weight.dtype)) @ normalize(self.weight).T
 
 
 class DINO(Method):
     """The student predicts the teacher's centered and sharpened scores.
 
+    The encoder that is evaluated and saved is the teacher's, which is the better one (Sec. 5.2).
     Learning rate, decay, areas, temperatures and tau are the authors' for a ResNet-50; prototypes
     and small crops are fewer.  Left out: warm-up of the teacher's temperature, frozen prototypes in
     the first epoch, gradient clipping, a schedule of weight decay.
@@ -58,8 +51,11 @@ class DINO(Method):
 
     def __init__(self, encoder, config):
         super().__init__(encoder, config)
-        self.head = Head(encoder.feature_size, config.hidden, config.prototypes)
-        self.teacher = copy.deepcopy(nn.Sequential(encoder, self.head)).requires_grad_(False)
+        # batch norm is an option of the authors' code; without it short runs do not learn
+        last = nn.Linear(config.hidden, 256), Prototypes(256, config.prototypes, bias=False)
+        self.head = nn.Sequential(*blocks(encoder.feature_size, config.hidden, nn.GELU), *last)
+        self.student = copy.deepcopy(nn.Sequential(encoder, self.head))
+        self.requires_grad_(False).student.requires_grad_(True)  # encoder and head are the teacher
         self.register_buffer("center", torch.zeros(config.prototypes))
         # sum and number of the mean teacher outputs of all ranks, zeroed after each applied step
         self.register_buffer("seen", torch.zeros(config.prototypes + 1))
@@ -68,10 +64,17 @@ class DINO(Method):
         self.views = ViewConfig(**large), View2Config(**large), *[small] * config.local_views
 
     def forward(self, *views):
-        target = torch.stack([self.teacher(view) for view in views[:2]])
-        y = torch.stack([self.encoder(view) for view in views])
-        q = torch.stack([self.head(x) for x in y])
-        return {"representation": y, "prediction": q, "target": target}
+        """Representation and target of the large crops; the student's prediction for all crops.
+
+        As in the authors' code, an encoder's batch statistics are of all crops of one size, a
+        head's of all its inputs.
+        """
+        large, small = torch.cat(views[:2]), torch.cat(views[2:])
+        encoder, head = self.student
+        outputs = {"prediction": head(torch.cat([encoder(large), encoder(small)]))}
+        outputs["representation"] = y = self.encoder(large)
+        outputs["target"] = self.head(y)
+        return {name: x.unflatten(0, (-1, len(views[0]))) for name, x in outputs.items()}
 
     def loss(self, outputs):
         """Mean cross-entropy over pairs of a large crop and any other crop (eq. 2)."""
@@ -86,8 +89,8 @@ class DINO(Method):
         tau = target_decay(self.config.base_tau, progress)
         self.center.lerp_(self.seen[:-1] / self.seen[-1], 0.1)  # eq. 4, m = 0.9
         self.seen.zero_()
-        student = [p.detach() for m in (self.encoder, self.head) for p in m.parameters()]
-        torch._foreach_lerp_([*self.teacher.parameters()], student, 1 - tau)
+        teacher = [*self.encoder.parameters(), *self.head.parameters()]
+        torch._foreach_lerp_(teacher, [p.detach() for p in self.student.parameters()], 1 - tau)
         return {"tau": tau}
 
 

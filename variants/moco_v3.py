@@ -6,7 +6,7 @@ python -m variants.moco_v3 --recipe recipes/sample.toml
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from byol.byol import BYOL
@@ -29,19 +29,21 @@ def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
 
 
 class MoCoV3(BYOL):
-    """BYOL's networks and moving target with a contrastive loss.
-
-    Unlike MoCo v3's, the heads do not end in a batch norm.
-    """
+    """BYOL's networks and moving target with a contrastive loss."""
 
     name = "moco_v3"
-    defaults = {"optim": {"optimizer": "lars", "lr": 0.3, "weight_decay": 1.5e-6}}  # App. A
+    defaults = {"optim": {"optimizer": "lars", "lr": 0.3, "weight_decay": 1e-6}}  # 300 epochs
 
     @dataclass
     class Config(BYOL.Config):
         """[moco_v3]: BYOL's options and a temperature."""
 
         temperature: float = option(1.0, "temperature of the softmax over the batch", low=0.001)
+
+    def __init__(self, encoder, config):
+        super().__init__(encoder, config)
+        for projector in (self.projector, self.target_projector):  # in the authors' code
+            projector.append(nn.BatchNorm1d(config.projection, affine=False))
 
     def loss(self, outputs):
         """The sum of both directions (Algorithm 1)."""

@@ -6,7 +6,7 @@ python -m variants.simclr --recipe recipes/sample.toml
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from byol.byol import mlp
@@ -34,7 +34,8 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
 class SimCLR(Method):
     """An encoder and a projector, trained by the normalized temperature-scaled cross-entropy.
 
-    The views are the recipe's.  The paper's have stronger color jitter: brightness, contrast and
+    Batch statistics are per view; the authors' are of both views together.  The views are the
+    recipe's.  The paper's have stronger color jitter: brightness, contrast and
     saturation 0.8, hue 0.2 (App. A), where BYOL's have 0.4, 0.4, 0.2 and 0.1.
     """
 
@@ -52,6 +53,8 @@ class SimCLR(Method):
     def __init__(self, encoder, config):
         super().__init__(encoder, config)
         self.projector = mlp(encoder.feature_size, config.hidden, config.projection)
+        self.projector.append(nn.BatchNorm1d(config.projection))  # in the authors' code
+        self.projector[-1].bias.requires_grad_(False)  # stays 0, as there
 
     def loss(self, outputs):
         """Mean over both views of all images (Algorithm 1)."""

@@ -30,7 +30,8 @@ class SimSiam(Method):
         super().__init__(encoder, config)
         d, h = config.projection, config.hidden
         hidden = blocks(encoder.feature_size, d, bias=False)
-        self.projector = nn.Sequential(*hidden, nn.Linear(d, d, bias=False), nn.BatchNorm1d(d))
+        last = nn.Linear(d, d, bias=False), nn.BatchNorm1d(d, affine=False)  # as the authors' code
+        self.projector = nn.Sequential(*hidden, *last)
         hidden = nn.Linear(d, h, bias=False), nn.BatchNorm1d(h), nn.ReLU()
         self.predictor = nn.Sequential(*hidden, nn.Linear(h, d))
 

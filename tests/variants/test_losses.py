@@ -176,13 +176,33 @@ def test_dino_is_the_mean_cross_entropy_of_large_views_with_all_others():
 def test_dino_makes_two_large_and_some_small_crops_and_its_teacher_follows():
     dino = method(DINO, hidden=8, prototypes=5, local_views=3, local_size=8)
     assert [view.size for view in dino.views] == [0, 0, 8, 8, 8]
-    assert all(not p.requires_grad for p in dino.teacher.parameters())
+    teacher, student = [dino.encoder, dino.head], dino.student
+    assert all(not p.requires_grad for m in teacher for p in m.parameters())
+    assert all(p.requires_grad for p in student.parameters())
     with torch.no_grad():
-        dino.encoder.linear.weight += 1
-    before = dino.teacher[0].linear.weight.clone()
+        student[0].linear.weight += 1
+    before = dino.encoder.linear.weight.clone()
     dino.after_step(0.0)
-    change = dino.teacher[0].linear.weight - before
+    change = dino.encoder.linear.weight - before
     torch.testing.assert_close(change, torch.full_like(change, 1 - dino.config.base_tau))
+
+
+def test_dinos_batch_statistics_are_of_all_crops_of_one_size():
+    """The head's are of all crops.  Each network passes its own rows, in the order of the views."""
+    dino = method(DINO, hidden=8, prototypes=5, local_views=3, local_size=8)
+    views = vectors(5, 6, 3, 8, 8)
+    with torch.no_grad():  # student and teacher start equal
+        dino.student[0].linear.weight += 0.1
+    seen = []
+    for name, layer in (("teacher", dino.encoder), ("student", dino.student[0])):
+        layer.register_forward_hook(lambda _, x, y, name=name: seen.append((name, len(x[0]))))
+    outputs = dino(*views)
+    assert sorted(seen) == [("student", 12), ("student", 18), ("teacher", 12)]
+    y = dino.encoder(views[:2].flatten(0, 1))
+    assert torch.equal(outputs["representation"].flatten(0, 1), y)
+    assert torch.equal(outputs["target"].flatten(0, 1), dino.head(y))
+    y = torch.cat([dino.student[0](view) for view in views])
+    torch.testing.assert_close(outputs["prediction"].flatten(0, 1), dino.student[1](y))
 
 
 def test_dinos_center_counts_micro_batches_from_before_a_save():
@@ -199,5 +219,28 @@ def test_dinos_center_counts_micro_batches_from_before_a_save():
 
 
 def test_moco_v3_has_byols_networks_and_target():
-    names = {name for name, _ in method(MoCoV3, hidden=8, projection=4).named_parameters()}
+    moco = method(MoCoV3, hidden=8, projection=4)
+    names = {name for name, _ in moco.named_parameters()}
     assert names == {name for name, _ in method(BYOL, hidden=8, projection=4).named_parameters()}
+    outputs = moco(*vectors(2, 6, 3, 8, 8))
+    for name in ("projection", "target"):  # the authors' batch norm without scale and offset
+        assert_normalized(outputs[name])
+    assert outputs["prediction"].mean(1).abs().max() > 1e-3
+
+
+def test_projections_of_simclr_and_simsiam_end_in_a_batch_norm():
+    """SimCLR's has a scale but no offset, SimSiam's neither, as in their authors' code."""
+    views = vectors(2, 6, 3, 8, 8)
+    simclr, simsiam = method(SimCLR, hidden=8, projection=4), method(SimSiam, projection=8)
+    for each in (simclr, simsiam):
+        assert_normalized(each(*views)["projection"])
+    trained = [p.requires_grad for p in simclr.projector[-1].parameters()]
+    assert trained == [True, False] and not simclr.projector[-1].bias.any()
+    assert not [*simsiam.projector[-1].parameters()]
+
+
+def assert_normalized(z):
+    """Each feature of each view has mean 0 and variance 1, less where it varied little before."""
+    assert z.mean(1).abs().max() < 1e-12
+    variance = z.var(1, correction=0)
+    assert (variance < 1).all() and variance.median() > 0.8
