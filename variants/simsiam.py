@@ -17,7 +17,7 @@ class SimSiam(Method):
     """Each view's prediction approaches the other view's projection, which gets no gradient."""
 
     name = "simsiam"
-    defaults = {"optim": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 1e-4}}
+    defaults = {"optim": dict(optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup_epochs=0)}
 
     @dataclass
     class Config:

@@ -14,6 +14,7 @@ import linear_eval
 import train_byol
 from core.options import TABLES
 from data import datasets
+from eval.trained import load
 from training.encoder import build_encoder, save_encoder
 from variants.barlow_twins import BarlowTwins
 from variants.dino import DINO
@@ -44,6 +45,9 @@ def test_it_trains_is_watched_resumed_and_evaluated(sample, recipe, tmp_path, va
     assert trained(parts, 10) == trained(whole, 10) and metrics(parts) == rows
     result = linear_eval.main(["--ckpt", str(whole), "--quiet"])
     assert result["name"] == f"{variant.name}-linear" and 0 < result["top1"] <= 100
+    files = whole / "encoder.pt", whole / "checkpoints/step-00000010.pt"
+    saved, last = (load(file)[0].state_dict() for file in files)  # the same network, DINO's teacher
+    assert all(torch.equal(saved[name], last[name]) for name in saved)
 
 
 @each
