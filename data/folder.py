@@ -94,7 +94,7 @@ def _find(root: Path, name: str) -> Path | None:
                     if os.fstat(file.fileno()).st_size != size:
                         raise ValueError
             return pack
-        except (OSError, ValueError):  # missing, without permission, damaged
+        except (OSError, ValueError, KeyError):  # missing, without permission, damaged
             continue
     return None
 

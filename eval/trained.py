@@ -177,6 +177,7 @@ def ckpt_config(config_class: type[CkptConfig], typed: dict) -> CkptConfig:
     """`make_config` whose defaults are the settings of the run of --ckpt."""
     if not typed.get("ckpt"):
         raise UserError("--ckpt is missing: name a run folder, or a file of weights")
+    typed = typed | {"ckpt": str(Path(typed["ckpt"]))}  # a resume may or may not have a slash
     weights = read_weights(typed["ckpt"])
     run, recipe = inherited_tables(weights)
     other = typed.get("data.dataset", "folder") != "folder"

@@ -39,7 +39,8 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
 
     So both `python X --gpus 4` and `torchrun X --gpus 4`, which starts one process, start four.
     """
-    started = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+    names = "LOCAL_WORLD_SIZE", "WORLD_SIZE"  # processes on this machine, on all
+    started, total = (int(os.environ[name]) if launched() else 1 for name in names)
     kind = pick_device(device)
     if kind not in BACKENDS and (gpus > 1 or os.environ.get("WORLD_SIZE", "1") != "1"):
         raise UserError(f"--device {kind}: runs in one process; leave out --gpus and torchrun")
@@ -49,8 +50,8 @@ def relaunch_if_needed(gpus: int, device: str, argv: list[str]) -> None:
         raise UserError(f"{flag} {asked}: this machine has {count}")
     if gpus in (1, started):
         return
-    if started > 1 or RELAUNCHED in os.environ:
-        raise UserError(f"--gpus {gpus}: the launcher started {started}; leave out one of the two")
+    if total > 1 or RELAUNCHED in os.environ:
+        raise UserError(f"--gpus {gpus}: the launcher started {total}; leave out one of the two")
     program = _program(gpus)
     environment = {
         k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(PREFIXES)

@@ -148,9 +148,11 @@ class RunFolder(contextlib.ExitStack):
             write_atomically(path, text.encode())
             file = open(path, "a", buffering=1, encoding="utf-8", newline="\n")
             self.metrics = self.enter_context(file)
-            from training.tensorboard import TensorBoard  # slow to import
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self.board = self.enter_context(TensorBoard(self.out, start))
+            # purge_step: a resume hides older events of steps from `start` on
+            writer = SummaryWriter(str(self.out), purge_step=start or None)
+            self.board = self.enter_context(writer)
 
     def log(self, step, every: int, **extra: float) -> None:
         """Write the metrics of every `every`-th step, the first, the last, and those with `extra`.
@@ -174,7 +176,9 @@ class RunFolder(contextlib.ExitStack):
         self.clock, self.images = now, 0
         if self.processes.main:
             self.metrics.write(json.dumps(row) + "\n")
-            self.board.scalars(row)
+            for name in row.keys() - {"step", "epoch"}:
+                tag = f"collapse/{name.replace('/', ' ')}" if "/" in name else f"train/{name}"
+                self.board.add_scalar(tag, row[name], step.index)
         if "knn_top1" in row or time.monotonic() > self.next_line:
             self.next_line = time.monotonic() + PRINT_EVERY
             knn = f"  knn {row['knn_top1']:.1f}" if "knn_top1" in row else ""

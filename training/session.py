@@ -101,7 +101,7 @@ class Session(contextlib.ExitStack):
         """
         self.folder.begin(self.done, self.stop)
         if self.folder.board is not None and not self.done:
-            self.folder.board.show(as_dict(self.config), self.loader.preview())
+            self.folder.board.add_image("views", self.loader.preview())
         plan = {"peak": self.peak, "warmup": self.warmup, "total": self.total}
         plan |= {"start": self.done, "stop": self.stop}
         for step in train_steps(self.model, self.loader, self.optimizer, self.precision, **plan):

@@ -337,6 +337,13 @@ def test_L3_other_devices_than_cpu_and_cuda_take_one_process(exec_, monkeypatch,
     assert exec_ == []
 
 
+def test_gpus_does_not_cut_a_job_of_several_machines_into_parts(exec_, monkeypatch):
+    launched(monkeypatch, 2, LOCAL_WORLD_SIZE="1")  # torchrun --nnodes 2 --nproc-per-node 1
+    with pytest.raises(UserError, match="--gpus 4: the launcher started 2"):
+        relaunch_if_needed(4, "cpu", ARGUMENTS)
+    assert exec_ == []
+
+
 def threads(setting: int):
     distributed.start("cpu", setting, 60)
     return torch.get_num_threads()
