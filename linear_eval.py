@@ -103,16 +103,23 @@ def run(config: Config, processes: Processes) -> dict:
                 save_classifier(out / "classifier.pt", config, frozen, classifier, data.class_names)
             write_json(out / "result.json", result)
     chosen = f", {result['chosen']}" if result.get("chosen") else ""
-    typed = [(k, v) for k, v in config.typed.items() if k.startswith("data.") and v is not False]
-    words = [word for k, v in typed for word in (flag_of(k), *[str(v)] * (v is not True))]
     say(
         processes,
         f"{out}: {in_words(result)} on {result['test_images']:,} "
         f"{result['measured_on']} images with {result['labels']:,} labels "
         f"({name}{chosen}), {result['seconds']:.0f} s\n"
-        f"next: {shlex.join(['python', 'finetune.py', '--ckpt', config.ckpt, *words])}",
+        f"next: {next_command(config)}",
     )
     return result
+
+
+def next_command(config: Config) -> str:
+    """finetune.py with the flags that were typed for data and encoder."""
+    words = ["python", "finetune.py", "--ckpt", config.ckpt]
+    for name, value in config.typed.items():
+        if name.startswith(("data.", "encoder.")) and value is not False:
+            words += [flag_of(name)] if value is True else [flag_of(name), str(value)]
+    return shlex.join(words)
 
 
 def save_classifier(path: Path, config, frozen: FrozenEncoder, classifier, classes) -> None:

@@ -321,7 +321,7 @@ def pretrain(table: Table, method: type[Method], init: str, seed: int) -> Path:
 
 def prepare(config: Config) -> None:
     """Download data and published weights; what is missing is an error before the first row."""
-    for init in config.reproduce.inits:
+    for init in config.reproduce.inits if len(config.methods) == 1 else ["random"]:
         fetch(EncoderConfig(**vars(config.encoder), init=init))
     datasets.prepare(config.data)
 

@@ -45,7 +45,7 @@ SETTINGS = ["--crop-size 96 --batch-size 64", "--crop-size 32 --batch-size 128 -
 
 def start_training(setting: str, out: str) -> Session:
     """A run of train_byol.py on 1,024 random images."""
-    config = train_byol.configure(f"{FLAGS} --out {out} {setting}".split())
+    config = train_byol.configure([*f"{FLAGS} {setting}".split(), "--out", out])
     run, size = config.run, config.data.crop_size
     rng = np.random.default_rng(0)
     images = Images([rng.integers(0, 256, (1024, 3, size, size), np.uint8)])
@@ -71,7 +71,7 @@ def train_bare(session: Session) -> Iterator[None]:
         with session.precision.autocast():
             outputs = session.model(*views)
         loss, _ = session.method.loss({k: v.float() for k, v in outputs.items()})
-        session.precision.backward(loss)
+        session.precision.scaler.scale(loss).backward()
         session.precision.step(session.optimizer)
         session.optimizer.zero_grad(set_to_none=True)
         session.method.after_step(0.5)
@@ -155,9 +155,10 @@ def profile(training: Iterator) -> int:
 
 def time_start(folder: str) -> float:
     """Seconds from typing a command to its first optimizer step, on the sample."""
-    flags = f"--recipe recipes/sample.toml --quiet --stop-after 1 --out {folder}/first"
+    flags = "--recipe recipes/sample.toml --quiet --stop-after 1 --out".split()
     begun = time.time()
-    subprocess.run([sys.executable, "train_byol.py", *flags.split()], check=True)
+    command = [sys.executable, "train_byol.py", *flags, f"{folder}/first"]
+    subprocess.run(command, check=True)
     return os.path.getmtime(f"{folder}/first/metrics.jsonl") - begun
 
 

@@ -26,6 +26,10 @@ class AugmentedConfig:
     rates: list[float] = option([0.4, 0.3, 0.2, 0.1, 0.05], "learning rates per 256 images", low=0)
     area: list[float] = option([0.08, 1.0], "area fraction of the crops", low=0.01, high=1)
 
+    def check(self, label: str) -> None:
+        """UserError unless `area` is two values, the smaller first."""
+        ViewConfig.supervised(self.area, 0, 0.5).check(label)
+
 
 def fit_augmented(
     frozen: FrozenEncoder, labelled: Labelled, config: AugmentedConfig, crop_size: int, seed: int

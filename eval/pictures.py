@@ -97,7 +97,7 @@ def curves_figure(runs: dict[str, list[dict]]) -> Figure:
     """The logged metrics of CURVES over the steps; `runs`: name -> rows of metrics.jsonl."""
     logged = {key for rows in runs.values() for row in rows for key in row}
     shown = [key for key in CURVES if key in logged]
-    down = math.ceil(len(shown) / 3)
+    down = math.ceil(len(shown) / 3) or 1
     figure = Figure(figsize=(11, 3 * down))
     for number, key in enumerate(shown, 1):
         axes = figure.add_subplot(down, 3, number)

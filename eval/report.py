@@ -174,6 +174,7 @@ def build(folders: list[Path]) -> str:
         if (folder / "results.json").exists():
             tables.append((folder / "results.md").read_text("utf-8", "replace"))
             rows += json.loads((folder / "results.json").read_bytes())
+        if (folder / "settings.json").exists():
             labelled = labelled_images(folder)
     if not (results or tables):
         raise UserError(f"{' '.join(map(str, folders))}: no finished run in there")

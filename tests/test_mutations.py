@@ -224,7 +224,7 @@ MUTATIONS = {
         f"{SCRIPTS} -k inputs_are_normalised"),
     # checkpoints and precision
     "scaler not saved": (
-        "training/loop.py", "return self.scaler.state_dict()", "return {}",
+        "training/session.py", "self.precision.scaler.state_dict()", "{}",
         "tests/training/test_precision.py -k goes_on"),
     "a load that hides a mismatch": (
         "training/weights.py", "module.load_state_dict(state)",

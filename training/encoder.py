@@ -26,8 +26,8 @@ ARCHS = {
     "wide_resnet50_2": (resnet.Bottleneck, [3, 4, 6, 3], 1, 128),
     "wide_resnet101_2": (resnet.Bottleneck, [3, 4, 23, 3], 1, 128),
 }
-# torchvision's other classifiers; the SqueezeNets end in a convolution and are refused
-OTHERS = [name for name in models.list_models(module=models) if name not in ARCHS]
+# torchvision's other classifiers; the SqueezeNets end in a convolution
+OTHERS = [n for n in models.list_models(models, exclude="squeezenet*") if n not in ARCHS]
 # networks for one image size, by the first word of their names -> arguments that set the size
 IMAGE_SIZE = {"vit": lambda n: {"image_size": n}, "maxvit": lambda n: {"input_size": (n, n)}}
 # their auxiliary classifiers are left out; their published weights take inputs in -1 .. 1
@@ -145,9 +145,7 @@ class ShapeConfig:
     image_size: int = option(0, "vit, maxvit: side of the images (0: torchvision's default)", low=0)
 
     def check(self, table: str) -> None:
-        """UserError for a SqueezeNet, and for an option that the network does not have."""
-        if self.arch.startswith("squeezenet"):
-            raise UserError(f"--arch {self.arch}: its last layer is not linear; choose another")
+        """UserError for an option that the network does not have."""
         absent = ["stem", "width", "zero_init"] if self.arch in OTHERS else []
         if self.arch.partition("_")[0] not in IMAGE_SIZE:
             absent.append("image_size")

@@ -56,18 +56,12 @@ class Precision:
         """Context for the forward pass; inside it, a loss would be computed in half precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
-
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Optimizer step; returns False if the scaler skipped it (fp16; this waits for the GPU)."""
         before = self.scaler.get_scale()
         self.scaler.step(optimizer)
         self.scaler.update()
         return self.scaler.get_scale() >= before > 0
-
-    def state_dict(self) -> dict:
-        return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the scaler; the saved state is empty if the run had none."""
@@ -114,7 +108,7 @@ def train_step(
             known = (labels,) if method.uses_labels else ()
             loss, terms = method.loss(outputs, *known)
             loss = loss / loader.accumulate
-            precision.backward(loss)
+            precision.scaler.scale(loss).backward()
         loss_of_step = loss_of_step + loss.detach()
         for name, term in terms.items():
             logs[name] = logs.get(name, 0.0) + torch.as_tensor(term).detach() / loader.accumulate

@@ -137,7 +137,7 @@ class Session(contextlib.ExitStack):
                 "kind": self.method.name,
                 "model": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "scaler": self.precision.state_dict(),
+                "scaler": self.precision.scaler.state_dict(),
             }
             state |= {"config": as_dict(self.config), "meta": self.meta, "facts": self.facts}
             state |= {"seconds": self.seconds, "processes": self.processes.world_size}

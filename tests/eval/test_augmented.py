@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import linear_eval
 from data.images import Images
 from data.labelled import Labelled
 from data.loader import Loader
@@ -99,6 +100,13 @@ def test_the_rate_is_the_best_on_held_out_labels_and_then_all_labels_train(monke
     (layer,) = train_layers(frozen(), everything, [best], config, CROP, SEED)
     torch.testing.assert_close(classifier(x), layer(x))
     assert classifier.top1(x, torch.from_numpy(everything.labels)) > 60
+
+
+def test_area_is_two_values(trained_run, capsys):
+    words = ["--ckpt", str(trained_run), "--protocol", "augmented", "--augmented.area", "0.5"]
+    with pytest.raises(SystemExit):
+        linear_eval.main(words)
+    assert "augmented.area = [0.5]: expected two values" in capsys.readouterr().err
 
 
 def test_one_rate_needs_no_choice():

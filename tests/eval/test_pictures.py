@@ -89,6 +89,11 @@ def test_any_name_can_be_drawn(tmp_path, kind):
         ]  # fmt: skip
 
 
+def test_a_run_without_metrics_has_an_empty_picture(tmp_path):
+    save(tmp_path / "curves.png", pictures.curves_figure, {"a": []})
+    assert Image.open(tmp_path / "curves.png").size[1] > 100
+
+
 def test_classes_without_a_test_image_are_not_the_worst():
     names = [f"c{n}" for n in range(60)]
     truth = np.repeat(np.arange(30, 60), 3)

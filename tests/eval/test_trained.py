@@ -227,12 +227,15 @@ def test_features_of_a_named_data_set_have_numbers(sample, trained_run, tmp_path
 
 
 def test_bare_weights_are_evaluated_and_predict_with_what_the_evaluation_used(
-    sample, recipe, trained_run, pictures, subset, tmp_path
+    sample, recipe, trained_run, pictures, subset, tmp_path, capsys
 ):
     """As with another library's weights: mean, std and frame are those of the evaluation."""
     torch.save(read_weights(trained_run).tensors, tmp_path / "theirs.pth")
-    flags = ["--ckpt", str(tmp_path / "theirs.pth"), "--recipe", recipe, "--quiet"]
-    result = linear_eval.main([*flags, "--eval-size", "24", "--out", str(tmp_path / "linear")])
+    flags = ["--ckpt", str(tmp_path / "theirs.pth"), "--recipe", recipe]
+    flags += ["--eval-size", "24", "--width", "0.125", "--out", str(tmp_path / "linear")]
+    result = linear_eval.main(flags)
+    last = capsys.readouterr().out.splitlines()[-1]  # the next command
+    assert last.endswith(" --eval-size 24 --width 0.125")
     lines = predict.main(["--ckpt", str(tmp_path / "linear"), str(pictures)])
     right = [line["class"] == subset.class_names[y]
              for line, y in zip(lines, subset.test_labels, strict=True)]  # fmt: skip

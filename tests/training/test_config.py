@@ -101,7 +101,7 @@ WRONG_FLAGS = [
     ("--gpus -1", "--gpus", "at least 1"),
     ("--gpus abc", "--gpus", "abc"),
     ("--arch resnet19", "--arch", "expected one of resnet18"),
-    ("--arch squeezenet1_0", "--arch squeezenet1_0", "not linear"),
+    ("--arch squeezenet1_0", "--arch", "expected one of resnet18"),
     ("--arch swin_t --stem small", "--arch swin_t needs --stem imagenet", "not small"),
     ("--arch swin_t --width 0.5", "--arch swin_t needs --width 1.0", "not 0.5"),
     ("--arch swin_t --zero-init", "--arch swin_t needs --zero-init False", "not True"),

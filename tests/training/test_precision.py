@@ -52,7 +52,7 @@ def test_autocast_has_the_type(name, dtype):
 def stepped(precision, gradient: float) -> bool:
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    precision.backward((weight * gradient).sum())
+    precision.scaler.scale((weight * gradient).sum()).backward()
     applied = precision.step(optimizer)
     assert applied is not torch.equal(weight, torch.ones(2))
     return applied
@@ -62,9 +62,9 @@ def test_R19_the_scaler_goes_on_from_its_state():
     precision = Precision("fp16", CPU)
     assert not stepped(precision, 1e38) and stepped(precision, 1e-3)
     again = Precision("fp16", CPU)
-    again.load_state_dict(precision.state_dict())
+    again.load_state_dict(precision.scaler.state_dict())
     assert again.scaler.get_scale() == precision.scaler.get_scale() == 2.0**15
-    assert again.state_dict() == precision.state_dict()
+    assert again.scaler.state_dict() == precision.scaler.state_dict()
 
 
 def test_growth_of_the_scale_is_not_a_skip():
@@ -75,11 +75,11 @@ def test_growth_of_the_scale_is_not_a_skip():
 
 
 def test_R19_a_state_without_scaler_leaves_it_as_it_starts():
-    assert Precision("fp32", CPU).state_dict() == {}
+    assert Precision("fp32", CPU).scaler.state_dict() == {}
     precision = Precision("fp16", CPU)
     precision.load_state_dict({})
     assert precision.scaler.get_scale() == 2.0**16
-    Precision("fp32", CPU).load_state_dict(Precision("fp16", CPU).state_dict())
+    Precision("fp32", CPU).load_state_dict(Precision("fp16", CPU).scaler.state_dict())
 
 
 def test_without_scaler_every_step_is_applied():

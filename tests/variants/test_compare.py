@@ -51,6 +51,17 @@ def test_a_mistake_in_any_methods_table_shows_before_the_first(recipe, tmp_path,
     assert not (tmp_path / "m").exists()
 
 
+def test_several_methods_fetch_no_weights(recipe, monkeypatch):
+    """They all start at random, whatever `inits` the recipe has for BYOL."""
+    fetched = []
+    monkeypatch.setattr(reproduce, "fetch", lambda encoder: fetched.append(encoder.init))
+    flags = ["--recipe", recipe, "--reproduce.inits", "random", "imagenet", "--methods", "byol"]
+    reproduce.prepare(reproduce.configure(flags))
+    assert fetched == ["random", "imagenet"]
+    reproduce.prepare(reproduce.configure([*flags, "simsiam"]))
+    assert fetched == ["random", "imagenet", "random"]
+
+
 def test_a_method_without_a_file_is_one_line(recipe, capsys):
     with pytest.raises(SystemExit) as stop:
         reproduce.main(["--methods", "byol", "rotnet", "--recipe", recipe])
