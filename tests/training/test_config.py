@@ -101,7 +101,7 @@ WRONG_FLAGS = [
     ("--gpus -1", "--gpus", "at least 1"),
     ("--gpus abc", "--gpus", "abc"),
     ("--arch resnet19", "--arch", "expected one of resnet18"),
-    ("--arch squeezenet1_0", "--arch", "expected one of resnet18"),
+    ("--arch squeezenet1_0", "--arch", "expected one of"),
     ("--arch swin_t --stem small", "--arch swin_t needs --stem imagenet", "not small"),
     ("--arch swin_t --width 0.5", "--arch swin_t needs --width 1.0", "not 0.5"),
     ("--arch swin_t --zero-init", "--arch swin_t needs --zero-init False", "not True"),
@@ -346,14 +346,16 @@ def test_a_recipes_optim_is_for_pretraining_alone(tmp_path, sample, recipe):
 
 def test_what_is_tuned_for_one_method_is_no_others_default():
     """In each recipe: a method without a table has its own optimizer, rate and decay."""
+    tuned = {"optimizer", "lr", "weight_decay", "nesterov"}
     for path in sorted((ROOT / "recipes").glob("*.toml")):
         words, tables = ["--recipe", str(path)], tomllib.loads(path.read_text())
-        assert not {"optimizer", "lr", "weight_decay", "nesterov"} & tables["optim"].keys(), path
+        assert not tuned & tables["optim"].keys(), path
         for method in (SimSiam, SimCLR, BarlowTwins, VICReg, MoCoV3, DINO):
             if method.name not in tables:
                 optim = train_byol.configure(words, method).optim
-                for key, value in method.defaults["optim"].items():
-                    assert getattr(optim, key) == value, (path, method.name, key)
+                for key in tuned & method.defaults["optim"].keys():
+                    expected = method.defaults["optim"][key]
+                    assert getattr(optim, key) == expected, (path, method.name, key)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
