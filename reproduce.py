@@ -112,6 +112,8 @@ def configure(argv: list[str]) -> Config:
         raise UserError(f"[run] stop_after = {stop}: a table needs whole runs")
     several = len(config.methods) > 1
     config.run.out = config.run.out or f"runs/{'methods' if several else Path(config.recipe).stem}"
+    if several:
+        config.reproduce.inits = ["random"]
     names = [method_of(name).name for name in config.methods]
     if len(set(names)) < len(names):
         raise UserError("--methods: two of them have the same `name`, or one is named twice")
@@ -321,7 +323,7 @@ def pretrain(table: Table, method: type[Method], init: str, seed: int) -> Path:
 
 def prepare(config: Config) -> None:
     """Download data and published weights; what is missing is an error before the first row."""
-    for init in config.reproduce.inits if len(config.methods) == 1 else ["random"]:
+    for init in config.reproduce.inits:
         fetch(EncoderConfig(**vars(config.encoder), init=init))
     datasets.prepare(config.data)
 
@@ -338,10 +340,10 @@ def measure(table: Table) -> dict:
     config, r = table.config, table.config.reproduce
     methods = [method_of(name) for name in config.methods]
     alone = len(methods) == 1
-    inits, heads = (r.inits, ("knn", "linear", "mlp")) if alone else (["random"], ("linear", "knn"))
-    control_rows(table, inits)
+    heads = ("knn", "linear", "mlp") if alone else ("linear", "knn")
+    control_rows(table, r.inits)
     folders = {method.name: [] for method in methods}
-    for method, init in itertools.product(methods, inits):
+    for method, init in itertools.product(methods, r.inits):
         m = method.name
         if alone:
             trained_rows(table, "baseline", init, 0, train_baseline, {"encoder.init": init})
@@ -360,12 +362,12 @@ def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
 
     folders   method's name -> folders of its pretraining runs, one for each seed
     """
-    rows, budgets, out = [], table.config.reproduce.budgets, table.out
+    rows, curves, budgets, out = [], {}, table.config.reproduce.budgets, table.out
     for name, runs in folders.items():
-        rates = []
-        for run in runs:
-            metrics = read_metrics(run / "metrics.jsonl")[1:]  # the first step is slower
-            rates += [row["images_per_second"] for row in metrics]
+        logged = [read_metrics(run / "metrics.jsonl") for run in runs]
+        curves[name] = logged[0]
+        later = [row for metrics in logged for row in metrics[1:]]  # the first step is slower
+        rates = [row["images_per_second"] for row in later]
         rate = float(np.median(rates)) if rates else None
         rows += method_rows(table.cells, name, budgets, rate)
     for control in CONTROLS:
@@ -377,7 +379,6 @@ def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
         write_json(out / "methods.json", rows)
         (out / "methods.md").write_text(text, encoding="utf-8")
         save(out / "methods.png", dots_figure, rows)
-        curves = {name: read_metrics(runs[0] / "metrics.jsonl") for name, runs in folders.items()}
         save(out / "curves.png", curves_figure, curves)
         say(table.processes, f"\n{text}\n{out}/methods.md, .json and .png written")
     return {"rows": rows}

@@ -176,7 +176,7 @@ class RunFolder(contextlib.ExitStack):
         self.clock, self.images = now, 0
         if self.processes.main:
             self.metrics.write(json.dumps(row) + "\n")
-            for name in row.keys() - {"step", "epoch"}:
+            for name in [name for name in row if name not in ("step", "epoch")]:
                 tag = f"collapse/{name.replace('/', ' ')}" if "/" in name else f"train/{name}"
                 self.board.add_scalar(tag, row[name], step.index)
         if "knn_top1" in row or time.monotonic() > self.next_line:
