@@ -26,9 +26,13 @@ class AugmentedConfig:
     rates: list[float] = option([0.4, 0.3, 0.2, 0.1, 0.05], "learning rates per 256 images", low=0)
     area: list[float] = option([0.08, 1.0], "area fraction of the crops", low=0.01, high=1)
 
+    def view(self) -> ViewConfig:
+        """A random crop and flip."""
+        return ViewConfig.supervised(self.area, shift=0, flip_p=0.5)
+
     def check(self, label: str) -> None:
         """UserError unless `area` is two values, the smaller first."""
-        ViewConfig.supervised(self.area, 0, 0.5).check(label)
+        self.view().check(label)
 
 
 def fit_augmented(
@@ -57,7 +61,7 @@ def crops_of(
     return Loader(
         images=labelled.images,
         labels=labelled.labels,
-        views=(ViewConfig.supervised(config.area, shift=0, flip_p=0.5),),
+        views=(config.view(),),
         crop_size=crop_size,
         batch_size=size - size % p.world_size,
         mean=transform.mean,

@@ -35,8 +35,8 @@ class SimCLR(Method):
     """An encoder and a projector, trained by the normalized temperature-scaled cross-entropy.
 
     Batch statistics are per view; the authors' are of both views together.  The views are the
-    recipe's.  The paper's have stronger color jitter: brightness, contrast and
-    saturation 0.8, hue 0.2 (App. A), where BYOL's have 0.4, 0.4, 0.2 and 0.1.
+    recipe's.  The paper's have stronger color jitter: brightness, contrast and saturation 0.8, hue
+    0.2 (App. A), where BYOL's have 0.4, 0.4, 0.2 and 0.1.
     """
 
     name = "simclr"
