@@ -224,8 +224,7 @@ MUTATIONS = {
         f"{SCRIPTS} -k inputs_are_normalised"),
     # checkpoints and precision
     "scaler not saved": (
-        "training/session.py", "self.precision.scaler.state_dict()", "{}",
-        "tests/training/test_precision.py -k goes_on"),
+        "training/session.py", "self.precision.scaler.state_dict()", "{}", f"{RESUME} -k fp16"),
     "a load that hides a mismatch": (
         "training/weights.py", "module.load_state_dict(state)",
         "module.load_state_dict(state, strict=False)", f"{WEIGHTS} -k C11"),
