@@ -112,4 +112,4 @@ def random_encoder(tmp_path_factory) -> float:
 @each
 def test_it_learns_more_than_a_random_encoder_knows(tmp_path, random_encoder, variant):
     found = linear(variant, tmp_path / "run", "--steps", "1200")
-    assert found > random_encoder + 2, (found, random_encoder)  # DINO, SimSiam: by 7 to 10
+    assert found > random_encoder + 2, (found, random_encoder)
