@@ -114,10 +114,11 @@ def run(config: Config, processes: Processes) -> dict:
 
 
 def next_command(config: Config) -> str:
-    """finetune.py with the flags that were typed for data and encoder."""
+    """finetune.py with the flags that were typed for data and encoder, and those it shares."""
     words = ["python", "finetune.py", "--ckpt", config.ckpt]
     for name, value in config.typed.items():
-        if name.startswith(("data.", "encoder.")) and value is not False:
+        shared = name.startswith(("data.", "encoder.")) or name in ("recipe", "folds")
+        if shared and value is not False:
             words += [flag_of(name)] if value is True else [flag_of(name), str(value)]
     return shlex.join(words)
 

@@ -380,7 +380,7 @@ def write_methods(table: Table, folders: dict[str, list[Path]]) -> dict:
         (out / "methods.md").write_text(text, encoding="utf-8")
         save(out / "methods.png", dots_figure, rows)
         save(out / "curves.png", curves_figure, curves)
-        say(table.processes, f"\n{text}\n{out}/methods.md, .json and .png written")
+        say(table.processes, f"\n{text}\n{out}/methods.md, .json and .png, curves.png written")
     return {"rows": rows}
 
 
@@ -402,7 +402,7 @@ def write_results(table: Table, folders: dict[str, list[Path]]) -> dict:
         save(out / "results.png", accuracy_figure, rows, title)
         curves = {run.name: read_metrics(run / "metrics.jsonl") for run in runs}
         save(out / "curves.png", curves_figure, curves)
-        say(table.processes, f"\n{text}\n{out}/results.md, .json and .png written")
+        say(table.processes, f"\n{text}\n{out}/results.md, .json and .png, curves.png written")
     return {"rows": rows, "claims": claims}
 
 

@@ -82,9 +82,9 @@ def run(config: Config, processes: Processes, method_class: type[Method] = BYOL)
 
     # training
     labels = labels_for(method, data, labels)
-    own = [key for key in config.typed if key.startswith(("view1.", "view2.")) and method.views]
-    if own:
-        raise UserError(f"{options.flag_of(own[0])}: {method.name} has views of its own")
+    flags = [options.flag_of(key) for key in config.typed if key.startswith(("view1.", "view2."))]
+    if flags and method.views:
+        raise UserError(f"{flags[0]}: {method.name} has views of its own")
     views = method.views or (config.view1, config.view2)
     loader = Loader.of(config, images, labels, views, transform, processes)
     with (

@@ -25,7 +25,7 @@ def normalize(x: Tensor) -> Tensor:
 def whiten(z: Tensor) -> Tensor:
     """Targets (2, B, D), each view centered, decorrelated over the GLOBAL batch; no gradient.
 
-    As in W-MSE (arXiv 2007.06346), by the inverse of the covariance's Cholesky factor.  Before, the
+    As in W-MSE (arXiv 2007.06346), by the inverse of the covariance's Cholesky factor.  First, the
     covariance is divided by its norm and 0.01 is added to its diagonal, so that no direction is
     enlarged more than tenfold; weak ones therefore stay somewhat weaker and correlated.
     """
@@ -116,7 +116,7 @@ class BYOL(Method):
         return (regression_loss(q1, z2) + regression_loss(q2, z1)).mean(), {}
 
     def targets(self, outputs: dict[str, Tensor]) -> Tensor:
-        """What the predictions are compared with: the target's projections (2, B, D)."""
+        """The target's projections (2, B, D), whitened or not, to be predicted."""
         z = outputs["target"].detach()
         return whiten(z) if self.config.whiten else z
 

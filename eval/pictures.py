@@ -57,9 +57,10 @@ def label(name: str) -> str:
 
 def accuracy_figure(rows: list[dict], title: str = "") -> Figure:
     """Top-1 of the rows of results.json, with one panel for each label budget."""
-    points = []
+    points, inits = [], {row["init"] for row in rows} - {"none"}
     for row in rows:
-        name = row["name"] if row["init"] == "none" else f"{row['name']} ({row['init']})"
+        several = row["init"] != "none" and len(inits) > 1
+        name = f"{row['name']} ({row['init']})" if several else row["name"]
         point = {"name": name, "kind": "", "labels": row["labels"]}
         points.append(point | {"top1": row["top1_mean"], "std": row["top1_std"]})
     return dots_figure(points, title)

@@ -133,7 +133,7 @@ def sweep(config: Config, job: Job, part: Split, watch: Watch) -> list[dict]:
 
     part   four fifths of the training labels to train on, one fifth to measure on; no test images
     """
-    m, o, trials = config.method, config.optim, []
+    m, o, trials, diverged = config.method, config.optim, [], 0
     cuts = job.processes.world_size * o.accumulate
     size = min(o.batch_size, len(part.train) // cuts * cuts)
     # a smaller batch must not change the peak rate
@@ -150,12 +150,15 @@ def sweep(config: Config, job: Job, part: Split, watch: Watch) -> list[dict]:
         try:
             top1 = train(of_trial, job, part, watch)["top1"]
         except NotFinite:
-            top1 = 0.0
+            top1, diverged = 0.0, diverged + 1
         trials.append({"lr": lr, "epochs": epochs, "held_out_top1": top1})
         if job.processes.main:  # only the trial's top-1 is needed
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             for weights in folder.glob("*.pt"):
                 weights.unlink()
+    if diverged == len(trials):
+        rates = f"--{config.method_table}.sweep-lr"
+        raise NotFinite(f"all trials of --sweep diverged; lower {rates}")
     best = max(trials, key=lambda trial: trial["held_out_top1"])
     config.optim = dataclasses.replace(o, lr=best["lr"], epochs=best["epochs"], steps=0)
     return trials

@@ -195,17 +195,21 @@ def methods_markdown(rows: list[dict]) -> str:
 
 def _results_table(rows: list[dict]) -> str:
     """A line for each row, a column for each label budget."""
-    columns, lines = {_head(row): "" for row in sorted(rows, key=lambda row: row["labels"])}, {}
-    for row in rows:
-        count = f"{row['draws']} x {row['pretrain_seeds']}"
-        facts = {"draws x seeds": count, "seconds": f"{row['seconds']:.1f}"}
-        facts["protocol"] = row["protocol"]
-        line = {"row": row["name"], "init": row["init"], **columns} | dict.fromkeys(facts, "")
-        line = lines.setdefault((row["name"], row["init"]), line)
-        line[_head(row)] = _percent(row["top1_mean"], row["top1_std"])
-        for name, fact in facts.items():  # that of each budget, where they differ
-            line[name] = ", ".join(dict.fromkeys([*filter(None, line[name].split(", ")), fact]))
-    return _table(list(lines.values()))
+    rows, lines = sorted(rows, key=lambda row: row["labels"]), []
+    columns = {_head(row): "" for row in rows}
+    for name, init in dict.fromkeys((row["name"], row["init"]) for row in rows):
+        budgets = [row for row in rows if (row["name"], row["init"]) == (name, init)]
+        line = {"row": name, "init": init, **columns}
+        line |= {_head(row): _percent(row["top1_mean"], row["top1_std"]) for row in budgets}
+        facts = {
+            "draws x seeds": [f"{row['draws']} x {row['pretrain_seeds']}" for row in budgets],
+            "seconds": [f"{row['seconds']:.1f}" for row in budgets],
+            "protocol": [row["protocol"] for row in budgets],
+        }
+        for fact, values in facts.items():  # that of each budget, where they differ
+            line[fact] = ", ".join(values if len(set(values)) > 1 else values[:1])
+        lines.append(line)
+    return _table(lines)
 
 
 def _head(row: dict) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -276,12 +277,15 @@ def test_a_sweep_stopped_at_any_time_goes_on(run, tmp_path, monkeypatch):
     assert not list((tmp_path / "out" / "sweep").rglob("*.pt"))  # their figures are of use only
 
 
-def test_a_sweep_goes_on_after_a_trial_that_diverges(run, tmp_path):
+def test_a_sweep_goes_on_after_a_trial_that_diverges(run, tmp_path, capsys):
     flags = ["--ckpt", str(run), *CPU, *SWEEP[:3], "--finetune.sweep-epochs", "3"]
     out = ["--out", str(tmp_path / "out")]
     result = finetune.main([*flags, "--finetune.sweep-lr", "1e12", "0.1", *out])
     assert [trial["held_out_top1"] > 0 for trial in result["trials"]] == [False, True]
     assert result["lr"] == 0.1
+    with pytest.raises(SystemExit) as stop:
+        finetune.main([*flags, "--finetune.sweep-lr", "1e12", *out, "--overwrite"])
+    assert stop.value.code == 1 and "lower --finetune.sweep-lr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--lr", "--epochs", "--steps"])
@@ -344,6 +348,12 @@ def test_nesterov_momentum_reaches_the_optimizer(run, tmp_path):
 
     plain, nesterov = weights("a", "--no-nesterov"), weights("b", "--nesterov")
     assert not torch.equal(plain["conv1.weight"], nesterov["conv1.weight"])
+
+
+def test_the_next_command_has_the_recipe_and_the_flags_of_the_data(run, recipe):
+    flags = ["--ckpt", str(run), "--recipe", str(recipe), "--dataset", "sample", "--labels", "40"]
+    text = linear_eval.next_command(linear_eval.configure([*flags, "--head", "knn"]))
+    assert sorted(shlex.split(text)) == sorted(["python", "finetune.py", *flags])
 
 
 def test_fine_tuning_without_a_recipe_is_the_papers(run, tmp_path):

@@ -111,7 +111,8 @@ def train_step(
             precision.scaler.scale(loss).backward()
         loss_of_step = loss_of_step + loss.detach()
         for name, term in terms.items():
-            logs[name] = logs.get(name, 0.0) + torch.as_tensor(term).detach() / loader.accumulate
+            term = term.detach() if isinstance(term, Tensor) else term
+            logs[name] = logs.get(name, 0.0) + term / loader.accumulate
     applied = precision.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
     if applied:

@@ -214,12 +214,12 @@ def test_one_draw_is_printed_without_spread_or_verdict(tmp_path):
 
 def test_facts_that_differ_between_budgets_are_all_printed(tmp_path):
     cells = Cells(tmp_path / "cells.jsonl", write=False)
-    for labels, draws, seconds in ((100, 4, 1.0), (500, 1, 2.0)):
+    for labels, draws, seconds in ((100, 4, 1.0), (500, 1, 2.0), (1000, 1, 1.0)):
         for draw, seed in itertools.product(range(draws), range(2)):
             key = ("byol-linear", "random", labels, draw, seed)
             cells.add(key, top1=70, seconds=seconds, protocol="network", test_images=9)
     text = markdown(cells.rows(), [], "t", [])
-    assert "| 4 x 2, 1 x 2 | 1.0, 2.0 | network |" in text
+    assert "| 4 x 2, 1 x 2, 1 x 2 | 1.0, 2.0, 1.0 | network |" in text
 
 
 def test_equal_differences_are_not_called_one_draw(tmp_path):
