@@ -37,8 +37,7 @@ def list_images(root: Path) -> Listing:
         raise UserError(f"--data-root {root}: no such folder; name the one that holds your images")
     for name in sorted(os.listdir(root)):
         if name != name.lower() in SPLITS and (root / name).is_dir():
-            text = f"rename {name} to {name.lower()}, or if it is a class, to another name"
-            raise UserError(f"--data-root {root}: {text}")
+            raise UserError(f"--data-root {root}: rename {name} to {name.lower()}")
     labelled = os.path.lexists(root / "train")
     for test in ("test", "val"):
         if not labelled and (root / test).is_dir():

@@ -176,10 +176,9 @@ class RunFolder(contextlib.ExitStack):
         self.clock, self.images = now, 0
         if self.processes.main:
             self.metrics.write(json.dumps(row) + "\n")
-            for name, value in row.items():
+            for name in [name for name in row if name not in ("step", "epoch")]:
                 tag = f"collapse/{name.replace('/', ' ')}" if "/" in name else f"train/{name}"
-                if name not in ("step", "epoch"):
-                    self.board.add_scalar(tag, value, step.index)
+                self.board.add_scalar(tag, row[name], step.index)
         if "knn_top1" in row or time.monotonic() > self.next_line:
             self.next_line = time.monotonic() + PRINT_EVERY
             knn = f"  knn {row['knn_top1']:.1f}" if "knn_top1" in row else ""
