@@ -82,9 +82,8 @@ def run(config: Config, processes: Processes, method_class: type[Method] = BYOL)
 
     # training
     labels = labels_for(method, data, labels)
-    flags = [options.flag_of(key) for key in config.typed if key.startswith(("view1.", "view2."))]
-    if flags and method.views:
-        raise UserError(f"{flags[0]}: {method.name} has views of its own")
+    if method.views and (keys := [k for k in config.typed if k.startswith(("view1.", "view2."))]):
+        raise UserError(f"{options.flag_of(keys[0])}: {method.name} has views of its own")
     views = method.views or (config.view1, config.view2)
     loader = Loader.of(config, images, labels, views, transform, processes)
     with (
