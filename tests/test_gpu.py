@@ -65,6 +65,18 @@ def test_resume_on_cuda(recipe, tmp_path):
     assert [r["step"] for r in train(recipe, out, "--resume")] == list(range(10))
 
 
+def test_compiled_steps_agree(recipe, tmp_path):
+    """As CUDA graphs, which must see the weights change, and each part of a batch as well."""
+    flags = ["--precision", "fp32", "--optimizer", "sgd", "--lr", "0.1", "--accumulate", "2"]
+    five = ["--stop-after", "5"]  # later, rounding has been amplified
+    plain = train(recipe, tmp_path / "plain", *flags, *five)
+    compiled = train(recipe, tmp_path / "compiled", *flags, *five, "--compile")
+    assert [r["loss"] for r in compiled] == pytest.approx([r["loss"] for r in plain], rel=0.01)
+    assert distance(momentum(tmp_path / "compiled", 5), momentum(tmp_path / "plain", 5)) < 0.1
+    rows = train(recipe, tmp_path / "compiled", *flags, "--compile", "--resume")
+    assert len(rows) == 10 and all(0 < r["loss"] < 8 for r in rows)
+
+
 CONVERSION = """
 import torch
 from torch import nn

@@ -82,7 +82,10 @@ def wrap(method: nn.Module, processes: Processes, batch_norm: str, compiled=Fals
         method = convert_batch_norm(method, processes.device)
     if compiled:
         torch.compiler.reset()  # graphs of earlier runs count towards dynamo's limit of eight
-        method.compile(dynamic=False)  # one shape, one graph; SyncBatchNorm splits it
+        # One shape, one graph; SyncBatchNorm splits it.  On a GPU it is replayed as CUDA graphs: an
+        # H100 computes faster than Python can start kernels one by one.
+        graphs = processes.device.type == "cuda" and processes.world_size == 1
+        method.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
     method.to(processes.device, memory_format=memory_format(processes.device))
     if processes.world_size == 1:
         return method
