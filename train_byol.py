@@ -10,6 +10,7 @@
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -182,12 +183,8 @@ def prepare(config: Config) -> None:
 
 def main(method_class=BYOL, argv: list[str] | None = None) -> dict:
     """Run from the command line; variants/ call it with their class."""
-    return execute(
-        lambda args: configure(args, method_class),
-        lambda config, processes: run(config, processes, method_class),
-        prepare,
-        argv,
-    )
+    settings_of = partial(configure, method_class=method_class)
+    return execute(settings_of, partial(run, method_class=method_class), prepare, argv)
 
 
 if __name__ == "__main__":

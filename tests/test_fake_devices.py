@@ -289,6 +289,18 @@ def test_fp16s_scaler_alone_reads_in_a_step(tmp_path, monkeypatch, kind, scaler)
     train(tmp_path, kind, make(BYOL), precision="fp16", scaler=scaler)
 
 
+@pytest.mark.parametrize("kind, accumulate, mode", [
+    ("cuda", 1, "reduce-overhead"), ("cuda", 2, None), ("xpu", 1, None),
+])  # fmt: skip
+def test_cuda_graphs_only_where_a_step_has_one_part(monkeypatch, kind, accumulate, mode):
+    """With two parts torch refused: the second had overwritten the gradients of the first."""
+    asked, processes, method = [], processes_on(kind), make(BYOL)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **flags: asked.append(flags["mode"]))
+    with Fakes(processes.device):
+        wrap(method, processes, "sync", compiled=True, parts=accumulate)
+    assert asked == [mode]
+
+
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_evaluation_without_cuda(kind):
     """A frozen encoder's inputs and features, and the collapse metrics of pretraining."""

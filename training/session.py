@@ -39,7 +39,7 @@ class Session(contextlib.ExitStack):
         self.warmup = warmup_steps(o.warmup_epochs, loader.steps_per_epoch, self.total)
         self.peak = peak_rate(o.optimizer, o.lr, o.batch_size)
         self.done, self.before, self.began = 0, 0.0, time.perf_counter()
-        self.model = distributed.wrap(method, processes, run.batch_norm, run.compile)
+        self.model = distributed.wrap(method, processes, run.batch_norm, run.compile, o.accumulate)
         groups = groups_of(method, o.weight_decay)
         self.optimizer = build_optimizer(o.optimizer, groups, o.momentum, o.nesterov)
         precision = pick_precision(run.precision, processes.device)
