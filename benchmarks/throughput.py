@@ -75,6 +75,7 @@ def train_bare(session: Session) -> Iterator[None]:
         session.precision.step(session.optimizer)
         session.optimizer.zero_grad(set_to_none=True)
         session.method.after_step(0.5)
+        del outputs, loss  # or --compile would record its graphs twice
         yield
 
 
@@ -145,7 +146,7 @@ def show(name: str, numbers: dict[str, float]) -> None:
 
 
 def profile(training: Iterator) -> int:
-    """How many kernels a step starts on this GPU; prints the 15 that take longest."""
+    """How many kernels a step starts on this GPU, but for CUDA graphs; prints the longest."""
     with torch.profiler.profile() as profiler:
         next(training)
     events = profiler.key_averages()

@@ -36,7 +36,7 @@ from data.views import View2Config, ViewConfig
 from eval.online import OnlineEval
 from eval.probe import OnlineProbe
 from eval.trained import FrozenEncoder
-from training import loop
+from training import distributed, loop
 from training.distributed import Processes, start, wrap
 from training.encoder import Encoder
 from training.loop import Precision, pick_precision, train_steps
@@ -289,15 +289,18 @@ def test_fp16s_scaler_alone_reads_in_a_step(tmp_path, monkeypatch, kind, scaler)
     train(tmp_path, kind, make(BYOL), precision="fp16", scaler=scaler)
 
 
-@pytest.mark.parametrize("kind, accumulate, mode", [
-    ("cuda", 1, "reduce-overhead"), ("cuda", 2, None), ("xpu", 1, None),
+@pytest.mark.parametrize("kind, accumulate, ranks, mode", [
+    ("cuda", 1, 1, "reduce-overhead"), ("cuda", 2, 1, None), ("cuda", 1, 2, None),
+    ("xpu", 1, 1, None),
 ])  # fmt: skip
-def test_cuda_graphs_only_where_a_step_has_one_part(monkeypatch, kind, accumulate, mode):
+def test_cuda_graphs_only_where_a_step_has_one_part(monkeypatch, kind, accumulate, ranks, mode):
     """With two parts torch refused: the second had overwritten the gradients of the first."""
     asked, processes, method = [], processes_on(kind), make(BYOL)
+    processes = dataclasses.replace(processes, world_size=ranks)
     monkeypatch.setattr(nn.Module, "compile", lambda self, **flags: asked.append(flags["mode"]))
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **_: model)
     with Fakes(processes.device):
-        wrap(method, processes, "sync", compiled=True, parts=accumulate)
+        wrap(method, processes, "local", compiled=True, accumulate=accumulate)
     assert asked == [mode]
 
 

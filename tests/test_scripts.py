@@ -351,9 +351,10 @@ def test_nesterov_momentum_reaches_the_optimizer(run, tmp_path):
 
 
 def test_the_next_command_has_the_recipe_and_the_flags_of_the_data(run, recipe):
-    flags = ["--ckpt", str(run), "--recipe", str(recipe), "--dataset", "sample", "--labels", "40"]
-    text = linear_eval.next_command(linear_eval.configure([*flags, "--head", "knn"]))
-    assert sorted(shlex.split(text)) == sorted(["python", "finetune.py", *flags])
+    for own in (["--dataset", "sample", "--labels", "40"], ["--folds"]):
+        flags = ["--ckpt", str(run), "--recipe", str(recipe), *own]
+        text = linear_eval.next_command(linear_eval.configure([*flags, "--head", "knn"]))
+        assert sorted(shlex.split(text)) == sorted(["python", "finetune.py", *flags])
 
 
 def test_fine_tuning_without_a_recipe_is_the_papers(run, tmp_path):

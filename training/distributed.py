@@ -71,11 +71,10 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def wrap(method: nn.Module, processes: Processes, batch_norm: str, compiled=False, parts=1):
+def wrap(method, processes: Processes, batch_norm: str, compiled=False, accumulate=1) -> nn.Module:
     """The method on its device, in DDP if there are several processes.
 
     batch_norm   "sync": statistics over all processes, which keeps the buffers equal; "local"
-    parts        of a batch, whose gradients are added up
     """
     if processes.world_size > 1 and batch_norm == "sync":
         from training.batchnorm import convert_batch_norm  # only for several processes
@@ -83,8 +82,8 @@ def wrap(method: nn.Module, processes: Processes, batch_norm: str, compiled=Fals
         method = convert_batch_norm(method, processes.device)
     if compiled:
         torch.compiler.reset()  # graphs of earlier runs count towards dynamo's limit of eight
-        # each replay of a CUDA graph overwrites the gradients of the last one
-        graphs = processes.device.type == "cuda" and processes.world_size == parts == 1
+        # a replay of a CUDA graph overwrites the gradients of the last one; with DDP not yet tried
+        graphs = processes.device.type == "cuda" and processes.world_size == accumulate == 1
         mode = "reduce-overhead" if graphs else None
         method.compile(dynamic=False, mode=mode)  # one shape, one graph; SyncBatchNorm splits it
     method.to(processes.device, memory_format=memory_format(processes.device))

@@ -111,10 +111,10 @@ def train_step(
             precision.scaler.scale(loss).backward()
         loss_of_step = loss_of_step + loss.detach()
         for name, term in terms.items():
-            term = term.detach() if isinstance(term, Tensor) else term
+            term = term.detach() if isinstance(term, Tensor) else float(term)
             logs[name] = logs.get(name, 0.0) + term / loader.accumulate
     applied = precision.step(optimizer)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)  # the next step of a CUDA graph overwrites them
     if applied:
         logs = logs | method.after_step(progress)
     return loss_of_step, logs, applied

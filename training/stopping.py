@@ -83,7 +83,8 @@ class Watch:
         self.flags[0], self.flags[1] = float(self.asked_stop > 0), float(self.asked_save)
         stop, save, bad = sum_over_ranks(self.flags.clone()).tolist()
         self.stop, self.save = stop > 0, save > 0
-        self.asked_save &= not self.save
+        if self.save:
+            self.asked_save = False
         if saving or step.last or self.stop or self.save:  # only then are all weights checked
             values = [*model.state_dict().values()]
             for state in optimizer.state.values() if optimizer else ():

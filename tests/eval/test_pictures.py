@@ -89,6 +89,19 @@ def test_any_name_can_be_drawn(tmp_path, kind):
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("second, names", [
+    ("random", ["raw", "byol"]), ("imagenet", ["raw", "byol (imagenet)", "byol (random)"]),
+])  # fmt: skip
+def test_initial_weights_are_named_where_there_are_several(second, names):
+    kinds = [("raw", "none"), ("byol", "random"), ("byol", second)]
+    rows = [
+        dict(name=name, init=init, labels=20 * (1 + i // 2), top1_mean=50.0, top1_std=1.0)
+        for i, (name, init) in enumerate(kinds)
+    ]
+    labels = pictures.accuracy_figure(rows).axes[0].get_yticklabels()
+    assert sorted({label.get_text() for label in labels}) == sorted(names)
+
+
 def test_a_run_without_metrics_has_an_empty_picture(tmp_path):
     save(tmp_path / "curves.png", pictures.curves_figure, {"a": []})
     assert Image.open(tmp_path / "curves.png").size[1] > 100
