@@ -138,7 +138,7 @@ def test_methods_survive_memory_that_the_next_step_overwrites(sample, recipe, tm
         for number in range(len(runs))
         if (rows := [metrics(tmp_path / f"{number}{which}") for which in ("", "-plain")])
     ]
-    assert max(off[:3]) < 1e-3 < 1e-2 < off[3]
+    assert max(off[:3]) < 1e-3 < 5e-3 < off[3]
 
 
 def test_it_resumes_bit_for_bit(sample, recipe, tmp_path, once):
