@@ -157,7 +157,7 @@ def sweep(config: Config, job: Job, part: Split, watch: Watch) -> list[dict]:
             for weights in folder.glob("*.pt"):
                 weights.unlink()
     if diverged == len(trials):
-        rates = f"--{config.method_table}.sweep-lr"
+        rates = flag_of(f"{config.method_table}.sweep_lr")
         raise NotFinite(f"all trials of --sweep diverged; lower {rates}")
     best = max(trials, key=lambda trial: trial["held_out_top1"])
     config.optim = dataclasses.replace(o, lr=best["lr"], epochs=best["epochs"], steps=0)

@@ -114,7 +114,7 @@ def train_step(
             term = term.detach() if isinstance(term, Tensor) else float(term)
             logs[name] = logs.get(name, 0.0) + term / loader.accumulate
     applied = precision.step(optimizer)
-    optimizer.zero_grad(set_to_none=True)  # the next step of a CUDA graph overwrites them
+    optimizer.zero_grad(set_to_none=True)  # a CUDA graph would overwrite gradients that stay
     if applied:
         logs = logs | method.after_step(progress)
     return loss_of_step, logs, applied
